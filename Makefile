@@ -1,0 +1,76 @@
+# Every target makes what it needs: type `make demo` or `make test` in a fresh clone.
+#
+#   PYTHON   the interpreter that makes the virtual environment (3.10 or newer)
+#   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
+#   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+TORCH_VERSION := 2.13.0
+TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lock clean
+
+help:  ## Lists the targets
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
+	@$(BIN)/ckpt-engine demo $(ARGS)
+
+test: $(STAMP)  ## Runs all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit
+
+$(STAMP): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: PYTHON=$(PYTHON) is not Python 3.10 or newer. Name one that is: make PYTHON=python3.11 ..." >&2; \
+	  exit 1; }
+	@echo "Making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@echo "Installing $(TORCH) ..."
+	@$(PIP) install '$(TORCH)' -c constraints.txt || { $(TORCH_HELP); exit 1; }
+	@echo "Installing ckpt-engine and its tools, at the versions of constraints.txt ..."
+	@$(PIP) install hatchling editables -c constraints.txt
+	@$(PIP) install --no-build-isolation -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# Never another build in its place: the default one of the package index brings gigabytes of CUDA.
+define TORCH_HELP
+  echo "make: pip could not install $(TORCH); what it said is above." >&2; \
+  echo "  If it found no such build: set PIP_EXTRA_INDEX_URL to PyTorch's wheel index for CPU builds," >&2; \
+  echo "  or PIP_FIND_LINKS to a folder that holds the wheel. To choose another build: make TORCH=... ." >&2
+endef
+
+lock: $(STAMP)  ## Writes constraints.txt from what is installed in .venv
+	@{ sed -n '/^#/p;/^#/!q' constraints.txt; $(BIN)/python -c "$$LOCK"; } > constraints.new
+	@mv constraints.new constraints.txt
+	@touch $(STAMP)
+
+# A package whose pinned version needs a newer Python than ours is pinned from that Python on only.
+define LOCK
+from importlib.metadata import distribution
+from subprocess import check_output
+import re, sys
+freeze = check_output([sys.executable, "-m", "pip", "freeze", "--exclude-editable"], text=True)
+for name in sorted((line.split("==")[0].split(" @ ")[0] for line in freeze.splitlines()), key=str.lower):
+    if name == "ckpt-engine": continue
+    found = distribution(name)
+    least = re.search(r">=\s*3\.(\d+)", found.metadata.get("Requires-Python") or "")
+    marker = f"; python_version >= '3.{least[1]}'" if least and int(least[1]) > 10 else ""
+    print(f"{name}=={found.version.split('+')[0]}{marker}")
+endef
+export LOCK
+
+clean:  ## Removes the virtual environment, caches and build products
+	rm -rf $(VENV) build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

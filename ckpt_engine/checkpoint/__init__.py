@@ -1,0 +1,29 @@
+"""Checkpoints in host memory: which files they are, loading them, keeping them by name.
+
+registry = CheckpointRegistry()
+registry.register("step-100", files=split_checkpoint("/models/m", rank, world_size))
+registry.get("step-100").view(0, 0, 256)
+registry.unregister("step-100")
+"""
+
+from ckpt_engine.checkpoint.arena import HostArena, available_host_memory
+from ckpt_engine.checkpoint.index import FileSelection, checkpoint_files, describe, split_checkpoint
+from ckpt_engine.checkpoint.loader import FileSource, HostCheckpoint, load
+from ckpt_engine.checkpoint.registry import CheckpointRegistry
+from ckpt_engine.checkpoint.safetensors_header import HeaderEntry, SafetensorsHeader, read_header
+
+__all__ = [
+    "CheckpointRegistry",
+    "FileSelection",
+    "FileSource",
+    "HeaderEntry",
+    "HostArena",
+    "HostCheckpoint",
+    "SafetensorsHeader",
+    "available_host_memory",
+    "checkpoint_files",
+    "describe",
+    "load",
+    "read_header",
+    "split_checkpoint",
+]

@@ -1,0 +1,227 @@
+"""Host arenas: one big anonymous mapping per checkpoint, which threads populate and a device may pin.
+
+The kernel's page faults, not the reads, are what limits filling fresh memory: many threads that populate
+their own piece with one system call are several times faster than one that touches page after page.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from ckpt_engine.errors import CheckpointError, ConfigError, HostMemoryError
+
+MiB = 1024 * 1024
+PIECE_NBYTES = 16 * MiB
+"""Bytes that one thread populates, reads or copies at a time."""
+
+_MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14; Python's mmap has no name for it
+_PROBE_NBYTES = 16 * MiB
+_PROBE_FROM = 256 * MiB  # the probe takes up to ~0.3 s on a slow machine, more than a small arena would gain
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.restype = ctypes.c_int
+
+
+def default_threads() -> int:
+    """Threads that fill an arena unless told otherwise: min(16, 2 * CPUs of this process)."""
+    return min(16, 2 * len(os.sched_getaffinity(0)))
+
+
+class HostArena:
+    """`nbytes` bytes of zeroed, page-aligned, private host memory at `address`.
+
+    The memory belongs to the arena and to every view of it: it goes back to the system when the arena is
+    closed and the last view is gone, so no view can ever dangle.
+
+    `threads`: most threads that `populate` uses. `huge_pages`: whether to ask for transparent huge pages;
+    None measures once per process, for arenas of at least 256 MiB, which are faster to touch here.
+
+    Raises:
+        HostMemoryError: the host, or the cgroup, has less than `nbytes` available; nothing was allocated.
+    """
+
+    def __init__(self, nbytes: int, *, threads: int | None = None, huge_pages: bool | None = None) -> None:
+        if nbytes < 0:
+            raise ConfigError(f"an arena of {nbytes} bytes: give 0 or more")
+        if threads is not None and threads < 1:
+            raise ConfigError(f"threads={threads}: give 1 or more")
+        self.nbytes = nbytes
+        self.address = 0
+        self._threads = threads or default_threads()
+        self._closed = False
+        self._mapping: mmap.mmap | None = None  # None too for 0 bytes, which cannot be mapped
+        if nbytes:
+            available = available_host_memory()
+            if nbytes > available:
+                raise HostMemoryError(_too_little(nbytes, available))
+            if huge_pages is None and nbytes >= _PROBE_FROM:
+                huge_pages = _huge_pages_are_faster()
+            self._mapping = _map(nbytes, huge_pages)
+            self.address = _address_of(self._mapping)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    def view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """Bytes [offset, offset + nbytes) as a 1-D uint8 tensor that shares the memory."""
+        mapping = self._checked(offset, nbytes)
+        if mapping is None or nbytes == 0:  # torch refuses a view of nothing
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(mapping, dtype=torch.uint8, count=nbytes, offset=offset)
+
+    def memory(self, offset: int, nbytes: int) -> memoryview:
+        """Bytes [offset, offset + nbytes) as a writable memoryview."""
+        mapping = self._checked(offset, nbytes)
+        return memoryview(bytearray() if mapping is None else mapping)[offset : offset + nbytes]
+
+    def populate(self, offset: int = 0, nbytes: int | None = None) -> None:
+        """Gives the range its pages now, in as few system calls as possible, without the GIL.
+
+        Contents stay. Ranges over 16 MiB are shared out over the arena's threads. Does nothing on kernels
+        that cannot (before 5.14): the pages then come at the first touch.
+
+        Raises:
+            HostMemoryError: the system has no memory for these pages.
+        """
+        nbytes = self.nbytes - offset if nbytes is None else nbytes
+        mapping = self._checked(offset, nbytes)
+        if mapping is None or nbytes == 0:
+            return
+        end = offset + nbytes
+        starts = range(offset, end, PIECE_NBYTES)
+        if len(starts) == 1:
+            _populate(mapping, self.address + offset, nbytes)
+            return
+        with ThreadPoolExecutor(min(self._threads, len(starts)), "ckpt-populate") as pool:
+            pieces = [
+                pool.submit(_populate, mapping, self.address + start, min(PIECE_NBYTES, end - start))
+                for start in starts
+            ]
+            for piece in pieces:
+                piece.result()
+
+    def close(self) -> None:
+        """Lets go of the memory; it is freed with the last view. Calls after the first do nothing."""
+        # mmap.close() would unmap under the feet of tensors: torch keeps the mmap object, not its export.
+        self._closed = True
+        self._mapping = None
+
+    def _checked(self, offset: int, nbytes: int) -> mmap.mmap | None:
+        if self._closed:
+            raise CheckpointError("this host arena is closed")
+        if not 0 <= offset <= offset + nbytes <= self.nbytes:
+            raise ConfigError(
+                f"bytes {offset} .. {offset + nbytes} are not inside an arena of {self.nbytes} bytes"
+            )
+        return self._mapping
+
+
+def available_host_memory(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that can be allocated without swapping: MemAvailable, or less where a cgroup (v2) limits it.
+
+    What cannot be read limits nothing. Memory that other processes are about to take is not foreseen.
+    """
+    limits = [_cgroup_available(directory) for directory in _cgroup_directories(proc, cgroup_root)]
+    limits.append(_keyed_numbers(proc / "meminfo").get("MemAvailable:", 2**63 // 1024) * 1024)
+    return max(0, min(limit for limit in limits if limit is not None))
+
+
+def _cgroup_directories(proc: Path, root: Path) -> list[Path]:
+    """This process's cgroup and those above it: a limit of each one counts."""
+    try:
+        lines = (proc / "self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    inside = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    # In a container without a cgroup namespace the path is the host's, while the mount begins at ours.
+    below = Path(inside)
+    return [root / directory for directory in (below, *below.parents)]
+
+
+def _cgroup_available(directory: Path) -> int | None:
+    try:
+        limit = int((directory / "memory.max").read_text())
+        used = int((directory / "memory.current").read_text())
+    except (OSError, ValueError):  # not there, or "max": no limit
+        return None
+    stat = _keyed_numbers(directory / "memory.stat")
+    # `memory.current` counts the page cache, which a checkpoint just written or read may fill to the limit;
+    # the kernel gives it up for anonymous memory, as MemAvailable assumes too.
+    reclaimable = sum(stat.get(key, 0) for key in ("inactive_file", "active_file", "slab_reclaimable"))
+    return limit - max(0, used - reclaimable)
+
+
+def _keyed_numbers(path: Path) -> dict[str, int]:
+    """Lines of `key number ...` as in /proc/meminfo and memory.stat; empty if unreadable."""
+    try:
+        rows = [line.split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _too_little(needed: int, available: int) -> str:
+    return (
+        f"host memory: {needed} bytes ({needed / 2**30:.2f} GiB) are needed, {available} bytes "
+        f"({available / 2**30:.2f} GiB) are available; unregister a checkpoint or use more hosts"
+    )
+
+
+def _map(nbytes: int, huge_pages: bool | None) -> mmap.mmap:
+    try:
+        mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        # An address-space limit or strict overcommit, which MemAvailable knows nothing of.
+        raise HostMemoryError(f"{_too_little(nbytes, available_host_memory())} ({error})") from error
+    if huge_pages is not None:
+        advice = mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE
+        try:
+            mapping.madvise(advice)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # a kernel without them: ordinary pages it is
+                raise
+    return mapping
+
+
+def _address_of(mapping: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+
+
+def _populate(mapping: mmap.mmap, address: int, nbytes: int) -> None:
+    """One MADV_POPULATE_WRITE; `mapping` is an argument so that it lives through the call."""
+    begin = address - address % mmap.PAGESIZE
+    if _libc.madvise(begin, address + nbytes - begin, _MADV_POPULATE_WRITE) == 0:
+        return
+    code = ctypes.get_errno()
+    if code not in (errno.EINVAL, errno.EINTR, errno.EAGAIN):  # else the first touch does it
+        raise HostMemoryError(f"host memory: cannot populate {nbytes} bytes: {os.strerror(code)}")
+
+
+@functools.cache
+def _huge_pages_are_faster() -> bool:
+    """Times the first touch of 16 MiB with and without huge pages.
+
+    On some virtual machines huge pages are several times slower to touch; elsewhere they are much faster.
+    """
+    scratch: list[mmap.mmap] = []  # all kept to the end: a page that was just freed is quick to get back
+    seconds = {True: 0.0, False: 0.0}
+    for huge in (True, False, False, True):  # forth and back, so that warming up favours neither
+        scratch.append(_map(_PROBE_NBYTES, huge))
+        address = _address_of(scratch[-1])
+        begin = time.perf_counter()
+        ctypes.memset(address, 1, _PROBE_NBYTES)
+        seconds[huge] += time.perf_counter() - begin
+    for mapping in scratch:
+        mapping.close()
+    return seconds[True] <= seconds[False]

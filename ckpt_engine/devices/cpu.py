@@ -1,0 +1,152 @@
+"""The CPU as a device: host memory in place of device memory, memfds in place of CUDA IPC.
+
+A ring is a memfd: no name in any file system, gone with its last descriptor after any crash. It is
+sealed against resizing, so that no peer can make another's access fault (SIGBUS); it is not sealed
+against writing, because its worker maps it read-write as it would with CUDA IPC. Other ranks of the
+host map it read-only.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from ckpt_engine.devices.handles import SharedMemoryRing
+from ckpt_engine.errors import HostMemoryError, ProtocolError
+from ckpt_engine.settings import Settings
+
+_SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def cpu_uuid(settings: Settings, local_index: int) -> str:
+    """`CPU-{host}-{index}`, or CKPT_ENGINE_DEVICE_UUID: what both sides of a device call it.
+
+    Args:
+        local_index: the process's own numbering; CKPT_ENGINE_CPU_DEVICES maps it to the host's.
+    """
+    return settings.device_uuid or f"CPU-{settings.host_id}-{settings.local_cpu_index(local_index)}"
+
+
+def available_host_memory() -> int:
+    """Bytes that can be allocated without swapping (MemAvailable)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise HostMemoryError("/proc/meminfo has no MemAvailable line: cannot tell how much memory is free")
+
+
+class SharedRing:
+    """A map of a memfd. The maker holds the descriptor; a mapper of a received one closes its own."""
+
+    def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+        self.nbytes = nbytes
+        self._fd = fd
+        self._map: mmap.mmap | None = None
+        if nbytes:
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            self._map = mmap.mmap(fd, nbytes, flags=mmap.MAP_SHARED, prot=protection)
+        self._bytes: torch.Tensor | None = _as_bytes(self._map, nbytes)
+
+    @classmethod
+    def create(cls, nbytes: int) -> SharedRing:
+        """Makes a ring; its pages come when they are first written.
+
+        Raises:
+            HostMemoryError: the host has less than `nbytes` available.
+        """
+        available = available_host_memory()
+        if nbytes > available:
+            raise HostMemoryError(f"a ring of {nbytes} bytes does not fit: {available} bytes are available")
+        fd = os.memfd_create("ckpt-engine-ring", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, nbytes)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+            return cls(fd, nbytes, writable=True)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def open(cls, fd: int, nbytes: int, *, writable: bool) -> SharedRing:
+        """Maps a received descriptor and takes it over (it is closed on failure too).
+
+        Raises:
+            ProtocolError: not a memfd of `nbytes` bytes sealed against resizing.
+        """
+        try:
+            try:
+                seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+            except OSError as error:
+                raise ProtocolError(f"the received ring is not a memfd: {error}") from None
+            if seals & _SIZE_SEALS != _SIZE_SEALS or os.fstat(fd).st_size != nbytes:
+                raise ProtocolError(
+                    f"the received ring is not a memfd of {nbytes} bytes sealed against resizing"
+                )
+            return cls(fd, nbytes, writable=writable)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def view(self, offset: int, nbytes: int) -> torch.Tensor:
+        """1-D uint8 view; shares the map, which lives until the last view is gone."""
+        if self._bytes is None:
+            raise ValueError("the ring is closed")
+        return self._bytes[offset : offset + nbytes]
+
+    def handle(self) -> SharedMemoryRing:
+        return SharedMemoryRing(nbytes=self.nbytes)
+
+    def descriptors(self) -> list[int]:
+        return [self._fd]
+
+    def close(self) -> None:
+        # Dropping the references unmaps unless someone kept a view: closing the map under a view
+        # would turn that view's next access into a crash of the engine.
+        self._bytes = None
+        self._map = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _as_bytes(memory: mmap.mmap | None, nbytes: int) -> torch.Tensor:
+    if memory is None:
+        return torch.empty(0, dtype=torch.uint8)
+    if _writable(memory):
+        return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+    with warnings.catch_warnings():
+        # torch warns that a read-only buffer may be written through a tensor; ours is only read.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+
+
+def _writable(memory: mmap.mmap) -> bool:
+    return not memoryview(memory).readonly
+
+
+class CpuDevice:
+    """One rank's share of the host, named by an index."""
+
+    type = "cpu"
+
+    def __init__(self, settings: Settings, index: int) -> None:
+        # A parameter server's index is the host's: CKPT_ENGINE_CPU_DEVICES is for engines.
+        self.index = index
+        self._uuid = settings.device_uuid or f"CPU-{settings.host_id}-{index}"
+
+    def uuid(self) -> str:
+        return self._uuid
+
+    def free_memory(self) -> int:
+        return available_host_memory()
+
+    def allocate_ring(self, nbytes: int) -> SharedRing:
+        return SharedRing.create(nbytes)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)

@@ -1,0 +1,140 @@
+"""The engine: a model, the lock around it, and the methods that a request may name."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt_engine.embedded_engine import model as models
+from ckpt_engine.errors import CkptEngineError, ConfigError
+from ckpt_engine.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    import torch
+    import zmq
+
+
+class UnknownMethod(CkptEngineError):
+    """A request named a method that workers do not offer, or gave it the wrong arguments."""
+
+
+class EmbeddedEngine:
+    """One model, one worker.
+
+    Updates and generation exclude each other: a forward pass never sees half of an update. All
+    methods block; callers with an event loop run them in threads.
+    """
+
+    METHODS = frozenset({"parameter_digests", "update_weights_from_ipc"})
+    """What `/collective_rpc` may call. A list, not getattr alone: requests come from outside."""
+
+    def __init__(
+        self, directory: Path | str, *, seed: int, device_index: int = 0, settings: Settings | None = None
+    ) -> None:
+        """
+        Args:
+            directory: holds config.json; its weights are not read (as with `--load-format dummy`).
+            seed: of the dummy weights.
+            device_index: the engine's own number of its CPU device (CKPT_ENGINE_CPU_DEVICES maps it).
+        """
+        self._model = models.load_dummy(directory, seed)
+        self._settings = settings or load_settings()
+        self._device_index = device_index
+        self._lock = threading.Lock()
+        self._state = "initial"
+        self._version: str | None = None
+
+    @cached_property
+    def device_uuid(self) -> str:
+        from ckpt_engine.devices.cpu import cpu_uuid
+
+        return cpu_uuid(self._settings, self._device_index)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an update or a generation is at work."""
+        return self._lock.locked()
+
+    def health(self) -> dict[str, Any]:
+        """Never waits. `weights` is initial, committed or incomplete (a touched engine, no commit)."""
+        return {
+            "status": "ok",
+            "device": self.device_uuid,
+            "weights": self._state,
+            "version": self._version,
+            "busy": self.busy,
+        }
+
+    def call(
+        self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        """Runs a method of the allow-list; the results of all (one) workers.
+
+        Raises:
+            UnknownMethod: not in the list, or arguments that do not fit.
+        """
+        if method not in self.METHODS:
+            raise UnknownMethod(f"no method {method!r}; workers offer {', '.join(sorted(self.METHODS))}")
+        function = getattr(self, method)
+        keywords = dict(kwargs or {})
+        try:
+            inspect.signature(function).bind(*args, **keywords)
+        except TypeError as error:
+            raise UnknownMethod(f"{method}: {error}") from None
+        return [function(*args, **keywords)]
+
+    def update_weights_from_ipc(self, zmq_handles: Any) -> dict[str, Any]:  # noqa: ANN401 - checked by the receiver
+        """Receives one update.
+
+        Args:
+            zmq_handles: `[[device_uuid, zmq_handle], ...]` of all ranks, as the request had them.
+
+        Returns:
+            The worker's status (ipc.receiver).
+        """
+        from ckpt_engine.ipc.receiver import serve_update
+
+        with self._lock:
+            status = serve_update(self._zmq_ctx, zmq_handles, self.device_uuid, run=self._reload)
+            if status["outcome"] == "committed":
+                self._state, self._version = "committed", status.get("version")
+            return status
+
+    def parameter_digests(self) -> dict[str, str]:
+        """name -> SHA-256 in hex of each parameter's bytes (tied ones once)."""
+        with self._lock:
+            return models.parameter_digests(self._model)
+
+    def generate(self, prompt_token_ids: Sequence[int], max_tokens: int) -> list[int]:
+        """Greedy continuation of `max_tokens` tokens.
+
+        Raises:
+            ConfigError: the prompt or the length does not fit the model.
+        """
+        vocabulary = int(self._model.config.vocab_size)
+        longest = int(self._model.config.max_position_embeddings)
+        if not prompt_token_ids:
+            raise ConfigError("prompt_token_ids is empty: give at least one token")
+        if any(not 0 <= token < vocabulary for token in prompt_token_ids):
+            raise ConfigError(f"prompt_token_ids must lie between 0 and {vocabulary - 1}")
+        if max_tokens < 1 or len(prompt_token_ids) + max_tokens > longest:
+            raise ConfigError(
+                f"max_tokens={max_tokens}: the model takes prompt and answer of {longest} tokens"
+            )
+        with self._lock:
+            return models.generate_greedily(self._model, prompt_token_ids, max_tokens)
+
+    def _reload(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
+        # From here to the commit the weights are neither the old ones nor the new ones.
+        self._state = "incomplete"
+        models.load_weights(self._model, named_tensors)
+
+    @cached_property
+    def _zmq_ctx(self) -> zmq.Context[zmq.Socket[bytes]]:
+        import zmq
+
+        return zmq.Context()

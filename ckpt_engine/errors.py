@@ -1,0 +1,191 @@
+"""Every error this package raises, in one tree.
+
+* CkptEngineError
+  - ConfigError              a bad argument, environment variable or setting (also a ValueError)
+  - CheckpointError          something about a checkpoint in host memory or on disk
+    · CheckpointFormatError    a file is not what it claims to be
+    · CheckpointExistsError    the name is registered already
+    · UnknownCheckpointError   nothing is registered or gathered under this name (also a KeyError)
+    · HostMemoryError          the host has too little memory for the arena (also a MemoryError)
+  - PlanError                no valid update plan exists for these metas
+  - ProtocolError            a message that this version cannot accept
+  - EngineRequestError       the engine refused, or could not be asked, to start receiving
+  - UpdateError              an update ended without a commit; carries an `ErrorRecord`
+    · UpdateTimeout            a deadline passed (also a TimeoutError)
+    · PeerLost                 a process on the other side of a connection is gone
+    · OutcomeUnknown           this rank could not learn how the update was decided
+  - PublishError             `req_func` failed after the commit: the weights are in place
+
+Source of the rules on what is raised where: docs/architecture.md, "Errors".
+"""
+
+from __future__ import annotations
+
+import traceback as _traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+MAX_TEXT = 64 * 1024
+"""Longest message or traceback, in characters, that travels between processes."""
+
+
+class CkptEngineError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class ConfigError(CkptEngineError, ValueError):
+    """A bad argument, environment variable or setting; the message names it and what it may be."""
+
+
+class CheckpointError(CkptEngineError):
+    """Something is wrong with a checkpoint, on disk or in host memory."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A file is truncated, contradicts itself, or holds what this version cannot read."""
+
+
+class CheckpointExistsError(CheckpointError):
+    """The name is registered already; unregister it first or choose another name."""
+
+
+class UnknownCheckpointError(CheckpointError, KeyError):
+    """Nothing is registered, or nothing was gathered, under this name."""
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message.
+        return str(self.args[0]) if self.args else ""
+
+
+class HostMemoryError(CheckpointError, MemoryError):
+    """The host has too little memory for the arena; nothing was allocated."""
+
+
+class PlanError(CkptEngineError):
+    """No valid update plan exists for these metas and this memory; the message says what is needed."""
+
+
+class ProtocolError(CkptEngineError):
+    """A message between processes is malformed, too large, or from another protocol version."""
+
+
+class EngineRequestError(CkptEngineError):
+    """The engine could not be asked to receive, or one of its workers reported a failure."""
+
+
+@dataclass(kw_only=True, frozen=True)
+class ErrorRecord:
+    """What went wrong, where: plain data that crosses process borders as JSON.
+
+    `rank`, `host`, `device`: the parameter server on whose side it happened (None: unknown there).
+    `stage`: begin, handshake, buckets, release, post_hook, finish, request or decide.
+    `bucket`, `tensors`: the bucket's index and its tensors' names, where a bucket was at work.
+    `elapsed`: seconds since the update began on that rank.
+    """
+
+    error_type: str
+    message: str
+    stage: str = ""
+    rank: int | None = None
+    host: str | None = None
+    device: str | None = None
+    bucket: int | None = None
+    tensors: Sequence[str] = field(default_factory=tuple)
+    elapsed: float | None = None
+    traceback: str = ""
+
+    def where(self) -> str:
+        """One phrase: `rank 1 (host h, device CPU-h-1), stage buckets, bucket 3 (tensors a .. z)`."""
+        parts: list[str] = []
+        if self.rank is not None:
+            inside = ", ".join(
+                text
+                for text in (
+                    f"host {self.host}" if self.host else "",
+                    f"device {self.device}" if self.device else "",
+                )
+                if text
+            )
+            parts.append(f"rank {self.rank}" + (f" ({inside})" if inside else ""))
+        if self.stage:
+            parts.append(f"stage {self.stage}")
+        if self.bucket is not None:
+            names = list(self.tensors)
+            shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} .. {names[-1]}, {len(names)} in all"
+            parts.append(f"bucket {self.bucket}" + (f" (tensors {shown})" if names else ""))
+        if self.elapsed is not None:
+            parts.append(f"after {self.elapsed:.2f} s")
+        return ", ".join(parts)
+
+    def describe(self) -> str:
+        """The whole story for a log: where, what, and the remote traceback."""
+        where = self.where()
+        text = (
+            f"{where}: {self.error_type}: {self.message}" if where else f"{self.error_type}: {self.message}"
+        )
+        if self.traceback:
+            text += "\n--- traceback where it happened ---\n" + self.traceback.rstrip()
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"tensors": list(self.tensors)}
+
+    @classmethod
+    def from_exception(cls, error: BaseException, **where: Any) -> ErrorRecord:  # noqa: ANN401 - the record's fields
+        """Describes `error`; an `UpdateError`'s own record wins over `where`, which fills its gaps."""
+        if isinstance(error, UpdateError):
+            record = error.record
+            gaps = {key: value for key, value in where.items() if not getattr(record, key)}
+            if record.rank is not None:
+                gaps.pop("rank", None)
+            if record.bucket is not None:
+                gaps.pop("bucket", None)
+            return replace(record, **gaps)
+        text = "".join(_traceback.format_exception(type(error), error, error.__traceback__))
+        return cls(
+            error_type=type(error).__name__,
+            message=str(error)[:MAX_TEXT],
+            traceback=text[-MAX_TEXT:],
+            **where,
+        )
+
+
+class UpdateError(CkptEngineError):
+    """The update did not commit. `record` says where it failed first; every rank raises the same record.
+
+    `touched`: whether this rank's worker may hold some of the new weights (it is then *incomplete*
+    until a full update succeeds). None: this rank does not know.
+    """
+
+    def __init__(self, record: ErrorRecord, *, touched: bool | None = None) -> None:
+        self.record = record
+        self.touched = touched
+        super().__init__(record.describe())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_update_error, (type(self), self.record, self.touched))
+
+
+def _rebuild_update_error(kind: type[UpdateError], record: ErrorRecord, touched: bool | None) -> UpdateError:
+    return kind(record, touched=touched)
+
+
+class UpdateTimeout(UpdateError, TimeoutError):
+    """A deadline passed; the record says what was waited for."""
+
+
+class PeerLost(UpdateError):
+    """The process on the other side of a connection died or closed it."""
+
+
+class OutcomeUnknown(UpdateError):
+    """The control store could not be reached to learn the decision; the worker counts as incomplete."""
+
+
+class PublishError(CkptEngineError):
+    """`req_func` failed after the commit. The new weights are in place on every rank (`committed`)."""
+
+    def __init__(self, message: str, *, committed: bool = True) -> None:
+        self.committed = committed
+        super().__init__(message)

@@ -1,0 +1,351 @@
+"""The worker's side: `update_weights_from_ipc`, run inside the engine's process on its device.
+
+Typical usage, in an engine's worker:
+
+    status = serve_update(zmq.Context.instance(), handles, device_uuid, device_id,
+                          run=model.load_weights, post_hook=process_weights)
+
+The loop never waits without a deadline, and it ends when the parameter server dies (EOF on the lifeline).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import zmq
+
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.devices import Ring, open_ring
+from ckpt_engine.errors import ConfigError, ErrorRecord, PeerLost, ProtocolError, UpdateError, UpdateTimeout
+from ckpt_engine.ipc import messages
+from ckpt_engine.ipc.sockets import tune
+from ckpt_engine.settings import load_settings
+
+Run = Callable[[list[tuple[str, torch.Tensor]]], object]
+"""Loads the tensors of one bucket, shapes as in the checkpoint. They are valid until it returns."""
+
+_M = TypeVar("_M", bound=messages.ServerMessage)
+
+LEAVE_SECONDS = 5.0
+"""How long a failed worker waits for the parameter server to have read why."""
+DECISION_GRACE_SECONDS = 30.0
+"""How much longer than the update's own deadline a worker waits to hear how it ended."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class WorkerReport:
+    """A committed update, as one worker saw it. `nbytes`: bytes of the tensors; `seconds`: in the loop."""
+
+    checkpoint: str
+    version: str
+    buckets: int
+    tensors: int
+    nbytes: int
+    seconds: float
+
+
+def update_weights_from_ipc(
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]],
+    zmq_handle: str,
+    device_id: int | None,
+    *,
+    run: Run,
+    post_hook: Callable[[], object] | None = None,
+    device_uuid: str = "",
+) -> WorkerReport:
+    """Receives one update from the parameter server behind `zmq_handle`.
+
+    Args:
+        zmq_ctx: the caller's context; one socket is opened on it and closed again.
+        zmq_handle: an `ipc://` address from `req_func`'s socket paths.
+        device_id: index of this process's own device, on which the ring is rebuilt; None on CPU.
+        run: called once per bucket with `[(name, tensor), ...]`.
+        post_hook: called once after the last bucket, when the ring has been released.
+        device_uuid: this device's key; checked by the parameter server when given.
+
+    Returns:
+        What was received, once every rank has committed.
+
+    Raises:
+        UpdateError: the update ended without a commit, here or on any rank. `touched` says whether
+            this engine may now hold part of the new weights.
+    """
+    return _Receiver(zmq_ctx, zmq_handle, device_id, run, post_hook, device_uuid).receive()
+
+
+def serve_update(
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]],
+    zmq_handles: Mapping[str, str] | Sequence[Sequence[str]],
+    device_uuid: str,
+    device_id: int | None,
+    *,
+    run: Run,
+    post_hook: Callable[[], object] | None = None,
+) -> dict[str, Any]:
+    """`update_weights_from_ipc` for adapters: finds this device's handle, and never raises.
+
+    Some engines lose the order of their replies for good when a worker's method raises, so the
+    outcome is a plain dict: `outcome` ("committed" or "failed"), `device`, `version`, `error`,
+    `traceback`, `touched`, `tensors`, `bytes`.
+
+    Args:
+        zmq_handles: `{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks.
+    """
+    try:
+        handles = dict(zmq_handles) if isinstance(zmq_handles, Mapping) else {u: h for u, h in zmq_handles}
+        if device_uuid not in handles:
+            error = ConfigError(
+                f"no handle for device {device_uuid}; the parameter servers serve "
+                + (", ".join(handles) or "none")
+            )
+            _report_missing(zmq_ctx, list(handles.values()), device_uuid, error)
+            raise error
+        report = update_weights_from_ipc(
+            zmq_ctx, handles[device_uuid], device_id, run=run, post_hook=post_hook, device_uuid=device_uuid
+        )
+    except Exception as error:  # noqa: BLE001 - see the docstring: no exception may leave a worker
+        record = ErrorRecord.from_exception(error)
+        return {
+            "outcome": "failed",
+            "device": device_uuid,
+            "version": None,
+            "error": f"{record.error_type}: {record.message}",
+            "traceback": record.traceback,
+            "touched": getattr(error, "touched", False),
+            "tensors": 0,
+            "bytes": 0,
+        }
+    return {
+        "outcome": "committed",
+        "device": device_uuid,
+        "version": report.version,
+        "error": None,
+        "traceback": None,
+        "touched": True,
+        "tensors": report.tensors,
+        "bytes": report.nbytes,
+    }
+
+
+class _Connection:
+    """The worker's two channels to its parameter server."""
+
+    def __init__(self, zmq_ctx: zmq.Context[zmq.Socket[bytes]], handle: str) -> None:
+        path = handle.removeprefix("ipc://")
+        if path == handle:
+            raise ConfigError(f"handle {handle!r}: expected an address such as 'ipc:///path'")
+        identity = os.urandom(16).hex().encode()
+        self.lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # First: a ZeroMQ socket would try for ever to reach an address that is gone.
+            self.lifeline.connect(f"{path}.life")
+            self.lifeline.sendall(identity)
+            self.zmq = zmq_ctx.socket(zmq.DEALER)
+        except OSError as error:
+            self.lifeline.close()
+            raise _lost(f"nobody listens on {handle} any more ({error}): that update has ended") from None
+        tune(self.zmq, messages.MAX_MESSAGE_NBYTES)
+        self.zmq.setsockopt(zmq.ROUTING_ID, identity)
+        # close() must not drop a Failure that is still on its way.
+        self.zmq.setsockopt(zmq.LINGER, int(LEAVE_SECONDS * 1000))
+        self.zmq.connect(handle)
+        self._poller = zmq.Poller()
+        self._poller.register(self.zmq, zmq.POLLIN)
+        self._poller.register(self.lifeline, zmq.POLLIN)
+        self._descriptors_due = True
+
+    def send(self, message: messages.WorkerMessage) -> None:
+        self.zmq.send(messages.encode(message))
+
+    def receive(self, deadline: Deadline, waiting_for: str) -> messages.ServerMessage:
+        """The next message. Raises UpdateTimeout at the deadline, PeerLost when the other side is gone."""
+        while True:
+            ready = dict(self._poller.poll(int(deadline.remaining * 1000) + 1))
+            if self.zmq in ready:
+                return messages.decode_server_message(self.zmq.recv())
+            if ready and not self._descriptors_due:
+                # EOF. What it sent before it went may still be on its way through ZeroMQ.
+                if self.zmq.poll(200):
+                    continue
+                raise _lost(f"the parameter server died while this worker waited for {waiting_for}")
+            if ready:
+                # Descriptors precede their Begin; EOF before a Begin is death.
+                if not self.lifeline.recv(1, socket.MSG_PEEK):
+                    self._descriptors_due = False
+                else:
+                    self._poller.unregister(self.lifeline)
+            if deadline.passed:
+                record = ErrorRecord(
+                    error_type="UpdateTimeout",
+                    message=f"no answer from the parameter server while waiting for {waiting_for}",
+                )
+                raise UpdateTimeout(record)
+
+    def receive_descriptors(self) -> list[int]:
+        """Descriptors that the parameter server sent ahead of its Begin."""
+        self.lifeline.settimeout(LEAVE_SECONDS)
+        _, descriptors, _, _ = socket.recv_fds(self.lifeline, 1, 8)
+        self._descriptors_due = False
+        if self.lifeline not in dict(self._poller.sockets):
+            self._poller.register(self.lifeline, zmq.POLLIN)
+        return list(descriptors)
+
+    def close(self) -> None:
+        self.zmq.close()
+        self.lifeline.close()
+
+
+class _Receiver:
+    def __init__(
+        self,
+        zmq_ctx: zmq.Context[zmq.Socket[bytes]],
+        handle: str,
+        device_id: int | None,
+        run: Run,
+        post_hook: Callable[[], object] | None,
+        device_uuid: str,
+    ) -> None:
+        self._settings = load_settings()
+        self._connection = _Connection(zmq_ctx, handle)
+        self._device_id = device_id
+        self._run = run
+        self._post_hook = post_hook
+        self._uuid = device_uuid
+        self._ring: Ring | None = None
+        self._stage = "handshake"
+        self._bucket: int | None = None
+        self._tensors: list[str] = []
+        self._touched = False
+        self._started = time.monotonic()
+
+    def receive(self) -> WorkerReport:
+        try:
+            return self._receive()
+        except Exception as error:
+            # An Abort is the parameter server's own news: it needs no report of ours.
+            record = ErrorRecord.from_exception(
+                error,
+                stage=self._stage,
+                bucket=self._bucket,
+                tensors=tuple(self._tensors),
+                elapsed=time.monotonic() - self._started,
+            )
+            if not isinstance(error, _Aborted | PeerLost):
+                self._leave(record)
+            kind = type(error) if isinstance(error, UpdateError) else UpdateError
+            raise kind(record, touched=self._touched) from error
+        finally:
+            self._release()
+            self._connection.close()
+
+    def _receive(self) -> WorkerReport:
+        connection = self._connection
+        connection.send(messages.Hello(messages.PROTOCOL_VERSION, self._uuid, os.getpid()))
+        begin = self._expect(
+            messages.Begin, Deadline.after(self._settings.handshake_timeout), "the update's plan"
+        )
+        deadline = Deadline.after(begin.budget + DECISION_GRACE_SECONDS)
+        messages.check_layout(begin)
+        self._ring = open_ring(begin.ring, connection.receive_descriptors(), writable=True)
+        connection.send(messages.Ready())
+        self._stage = "buckets"
+        for index, bucket in enumerate(begin.buckets):
+            announced = self._expect(messages.BucketReady, deadline, f"bucket {index}")
+            if announced.index != index:
+                raise ProtocolError(f"bucket {announced.index} was announced in place of {index}")
+            self._load(index, bucket)
+            connection.send(messages.BucketDone(index))
+            self._bucket, self._tensors = None, []
+        self._expect(messages.Finish, deadline, "the end of the buckets")
+        self._stage = "release"
+        self._release()
+        connection.send(messages.Released())
+        self._stage = "post_hook"
+        if self._post_hook is not None:
+            self._post_hook()
+        self._stage = "finish"
+        connection.send(messages.Finished())
+        commit = self._expect(messages.Commit, deadline, "the decision of all ranks")
+        connection.send(messages.Goodbye())
+        return WorkerReport(
+            checkpoint=begin.checkpoint,
+            version=commit.version,
+            buckets=len(begin.buckets),
+            tensors=sum(len(bucket.tensors) for bucket in begin.buckets),
+            nbytes=sum(tensor.nbytes for bucket in begin.buckets for tensor in bucket.tensors),
+            seconds=time.monotonic() - self._started,
+        )
+
+    def _load(self, index: int, bucket: messages.BucketLayout) -> None:
+        assert self._ring is not None
+        self._bucket, self._tensors = index, messages.names_of(bucket)
+        data = self._ring.view(bucket.ring_offset, bucket.nbytes)
+        tensors = [
+            (
+                tensor.name,
+                data[tensor.offset : tensor.offset + tensor.nbytes]
+                .view(getattr(torch, tensor.dtype))
+                .view(tensor.shape),
+            )
+            for tensor in bucket.tensors
+        ]
+        self._touched = True
+        self._run(tensors)
+
+    def _expect(self, kind: type[_M], deadline: Deadline, waiting_for: str) -> _M:
+        message = self._connection.receive(deadline, waiting_for)
+        if isinstance(message, messages.Abort):
+            with contextlib.suppress(zmq.ZMQError):
+                self._connection.send(messages.Goodbye())
+            raise _Aborted(ErrorRecord(error_type="UpdateAborted", message=message.reason))
+        if not isinstance(message, kind):
+            raise ProtocolError(f"got {type(message).__name__} while waiting for {waiting_for}")
+        return message
+
+    def _release(self) -> None:
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
+
+    def _leave(self, record: ErrorRecord) -> None:
+        """Reports the failure, and stays until it has been read."""
+        failure = messages.Failure.from_record(record, device_uuid=self._uuid, touched=self._touched)
+        self._connection.send(failure)
+        deadline = Deadline.after(LEAVE_SECONDS)
+        with contextlib.suppress(UpdateError, ProtocolError):
+            while not isinstance(self._connection.receive(deadline, "the abort"), messages.Abort):
+                pass
+
+
+class _Aborted(UpdateError):
+    """The parameter server said that the update has ended."""
+
+
+def _lost(message: str) -> PeerLost:
+    return PeerLost(ErrorRecord(error_type="PeerLost", message=message))
+
+
+def _report_missing(
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]], handles: Sequence[str], device_uuid: str, error: Exception
+) -> None:
+    """Tells any parameter server that this device has no handle; else its update would wait in vain."""
+    record = ErrorRecord.from_exception(error, stage="handshake", device=device_uuid)
+    for handle in handles:
+        try:
+            connection = _Connection(zmq_ctx, handle)
+        except (UpdateError, ConfigError):
+            continue
+        try:
+            connection.send(messages.Failure.from_record(record, device_uuid=device_uuid, touched=False))
+            with contextlib.suppress(UpdateError, ProtocolError):
+                connection.receive(Deadline.after(LEAVE_SECONDS), "the abort")
+            return
+        finally:
+            connection.close()

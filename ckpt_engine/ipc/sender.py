@@ -1,0 +1,248 @@
+"""The parameter server's side of the protocol: one channel to the worker on the same device."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from dataclasses import dataclass
+
+import zmq
+
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.devices import Ring
+from ckpt_engine.errors import ErrorRecord, PeerLost, ProtocolError, UpdateError
+from ckpt_engine.ipc import messages
+from ckpt_engine.ipc.reactor import Reactor
+from ckpt_engine.ipc.sockets import SocketDirectory, check_peer, listen, tune
+
+logger = logging.getLogger(__name__)
+
+GOODBYE_SECONDS = 10.0
+"""How long a worker may take to leave after it was told the outcome."""
+
+
+@dataclass
+class _Lifeline:
+    sock: socket.socket
+    pid: int
+    identity: bytes = b""
+
+
+class WorkerChannel:
+    """Binds the worker's handle, and follows the worker through one update.
+
+    Progress is read from the attributes; a worker's failure or death is raised from the reactor's turn
+    that reads it. Made in the stage before the engine is asked to receive; closed by the session.
+    """
+
+    def __init__(
+        self,
+        zmq_ctx: zmq.Context[zmq.Socket[bytes]],
+        directory: SocketDirectory,
+        device_uuid: str,
+        reactor: Reactor,
+    ) -> None:
+        self._uuid = device_uuid
+        self._reactor = reactor
+        self._path = directory.worker_path()
+        self.handle = f"ipc://{self._path}"
+        self.worker_pid: int | None = None
+        self.ready = False
+        self.done = -1  # index of the last bucket the worker has given back
+        self.announced = -1
+        self.released = False
+        self.finished = False
+        self.gone = False  # said goodbye, or died
+        self._begin: messages.Begin | None = None
+        self._ring: Ring | None = None
+        self._identity: bytes | None = None
+        self._lifelines: list[_Lifeline] = []
+        self._zmq = zmq_ctx.socket(zmq.ROUTER)
+        self._listener: socket.socket | None = None
+        try:
+            tune(self._zmq, messages.MAX_WORKER_MESSAGE_NBYTES)
+            self._zmq.bind(self.handle)
+            self._listener = listen(f"{self._path}.life")
+        except BaseException:
+            self.close()
+            raise
+        reactor.add(self._zmq, self._on_message)
+        reactor.add(self._listener.fileno(), self._on_connection)
+
+    # What the session says
+
+    def begin(self, begin: messages.Begin, ring: Ring) -> None:
+        """What the worker gets when it connects, or at once if it is there."""
+        self._begin, self._ring = begin, ring
+        self._start()
+
+    def announce(self, index: int) -> None:
+        """Bucket `index` lies in its slot."""
+        self._send(messages.BucketReady(index))
+        self.announced = index
+
+    def finish(self) -> None:
+        self._send(messages.Finish())
+
+    def commit(self, version: str) -> None:
+        self._send(messages.Commit(version))
+
+    def abort(self, reason: str) -> bool:
+        """Tells every connected worker, and waits until they have left. Returns False when one has not."""
+        frame = messages.encode(messages.Abort(reason[: 4 * 1024 * 1024]))
+        for lifeline in self._lifelines:
+            if lifeline.identity:
+                self._zmq.send_multipart([lifeline.identity, frame])
+        return self.wait_until_gone()
+
+    def wait_until_gone(self) -> bool:
+        """Waits for the worker's goodbye (or death)."""
+        if self._identity is None:
+            return True
+        deadline = Deadline.after(GOODBYE_SECONDS)
+        while not self.gone and not deadline.passed:
+            # Its failure is no news any more: the outcome is decided.
+            with contextlib.suppress(UpdateError, ProtocolError):
+                self._reactor.wait(lambda: self.gone, deadline)
+        return self.gone
+
+    def close(self) -> None:
+        """Closes and removes the sockets. Idempotent."""
+        self._reactor.remove(self._zmq)
+        self._zmq.close(linger=0)
+        if self._listener is not None:
+            self._reactor.remove(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        for lifeline in self._lifelines:
+            self._reactor.remove(lifeline.sock.fileno())
+            lifeline.sock.close()
+        self._lifelines.clear()
+        for path in (self._path, f"{self._path}.life"):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    @property
+    def touched(self) -> bool:
+        """Whether the worker may have loaded something."""
+        return self.announced >= 0
+
+    @property
+    def connected(self) -> bool:
+        return self._identity is not None
+
+    # What the worker says
+
+    def _on_connection(self) -> None:
+        assert self._listener is not None
+        try:
+            sock, _ = self._listener.accept()
+        except BlockingIOError:
+            return
+        try:
+            lifeline = _Lifeline(sock, check_peer(sock))
+        except ProtocolError as error:
+            logger.warning("%s", error)
+            sock.close()
+            return
+        sock.setblocking(False)
+        self._lifelines.append(lifeline)
+        self._reactor.add(sock.fileno(), lambda: self._on_lifeline(lifeline))
+
+    def _on_lifeline(self, lifeline: _Lifeline) -> None:
+        try:
+            data = lifeline.sock.recv(64)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if data:
+            lifeline.identity += data
+            self._start()
+            return
+        # EOF. Read first what the worker said before it went.
+        self._reactor.remove(lifeline.sock.fileno())
+        self._lifelines.remove(lifeline)
+        lifeline.sock.close()
+        while not self.gone and self._zmq.poll(50):
+            self._on_message()
+        if lifeline.identity == self._identity and not self.gone:
+            self.gone = True
+            message = f"the worker of device {self._uuid} (pid {lifeline.pid}) died or closed its connection"
+            raise PeerLost(ErrorRecord(error_type="PeerLost", message=message, device=self._uuid))
+
+    def _on_message(self) -> None:
+        while True:
+            try:
+                frames = self._zmq.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            if len(frames) != 2:
+                raise ProtocolError(f"a worker's message has {len(frames)} frames")
+            self._take(frames[0], messages.decode_worker_message(frames[1]))
+
+    def _take(self, identity: bytes, message: messages.WorkerMessage) -> None:
+        if isinstance(message, messages.Failure):
+            self._failed(message)
+        if isinstance(message, messages.Hello):
+            self._hello(identity, message)
+            return
+        if identity != self._identity:
+            raise ProtocolError(f"{type(message).__name__} from a process that has not said hello")
+        if isinstance(message, messages.Ready):
+            self.ready = True
+        elif isinstance(message, messages.BucketDone):
+            if message.index != self.done + 1 or message.index > self.announced:
+                raise ProtocolError(f"the worker gave back bucket {message.index} out of turn")
+            self.done = message.index
+        elif isinstance(message, messages.Released):
+            self.released = True
+        elif isinstance(message, messages.Finished):
+            self.finished = True
+        else:
+            self.gone = True
+
+    def _hello(self, identity: bytes, hello: messages.Hello) -> None:
+        if hello.protocol != messages.PROTOCOL_VERSION:
+            raise ProtocolError(
+                f"the worker speaks protocol {hello.protocol}, this parameter server "
+                f"{messages.PROTOCOL_VERSION}: install the same ckpt-engine on both sides"
+            )
+        if hello.device_uuid and hello.device_uuid != self._uuid:
+            raise ProtocolError(
+                f"the worker of device {hello.device_uuid} connected to {self._uuid}'s handle"
+            )
+        if self._identity is not None:
+            raise ProtocolError(f"two workers connected to the handle of device {self._uuid}")
+        self._identity = identity
+        self.worker_pid = hello.pid
+        self._start()
+
+    def _start(self) -> None:
+        """Sends Begin once the worker has said hello and its lifeline is there."""
+        if self._begin is None or self._ring is None or self._identity is None:
+            return
+        lifeline = next((line for line in self._lifelines if line.identity == self._identity), None)
+        if lifeline is None:
+            return
+        socket.send_fds(lifeline.sock, [b"r"], self._ring.descriptors())
+        self._send(self._begin)
+        self._begin = None
+
+    def _failed(self, failure: messages.Failure) -> None:
+        record = ErrorRecord(
+            error_type=failure.error_type,
+            message=failure.message,
+            stage=failure.stage,
+            device=failure.device_uuid or self._uuid,
+            bucket=failure.bucket,
+            tensors=failure.tensors,
+            traceback=failure.traceback,
+        )
+        raise UpdateError(record, touched=failure.touched)
+
+    def _send(self, message: messages.ServerMessage) -> None:
+        assert self._identity is not None
+        self._zmq.send_multipart([self._identity, messages.encode(message)])

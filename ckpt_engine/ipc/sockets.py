@@ -1,0 +1,148 @@
+"""Where sockets live: a directory of this process alone, mode 0700, gone with it.
+
+    {base}/                      0700, owned by this user (CKPT_ENGINE_SOCKET_DIR)
+      {random}/                  one per parameter server, 0700
+        lock                     flock held while its owner lives
+        w-{token}                the worker's ZeroMQ socket; w-{token}.life its lifeline
+        peer                     where the host's other ranks connect
+
+A killed owner cannot remove its directory; the next parameter server on the host does: a lock that
+can be taken belongs to nobody (it works across containers, where pids mean nothing).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import socket
+import stat
+import struct
+import tempfile
+from pathlib import Path
+
+import zmq
+
+from ckpt_engine.errors import ConfigError, ProtocolError
+
+logger = logging.getLogger(__name__)
+
+MAX_PATH_NBYTES = 107
+"""sun_path holds 108 bytes with its closing zero."""
+
+
+class SocketDirectory:
+    """A fresh 0700 directory under the user's base directory; removes what dead owners left."""
+
+    def __init__(self, base: Path | None) -> None:
+        self.base = _private_directory(base or _default_base())
+        sweep(self.base)
+        self.path = Path(tempfile.mkdtemp(prefix="", dir=self.base))
+        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._check_length()
+
+    def _check_length(self) -> None:
+        longest = os.fsencode(self.worker_path("0" * 16) + ".life")
+        if len(longest) > MAX_PATH_NBYTES:
+            self.close()
+            raise ConfigError(
+                f"socket path {os.fsdecode(longest)!r} has {len(longest)} bytes, over the limit of "
+                f"{MAX_PATH_NBYTES}: set CKPT_ENGINE_SOCKET_DIR to a shorter directory"
+            )
+
+    def worker_path(self, token: str | None = None) -> str:
+        """A new, unguessable path for a worker's socket."""
+        return str(self.path / f"w-{token or secrets.token_hex(8)}")
+
+    @property
+    def peer_path(self) -> str:
+        return str(self.path / "peer")
+
+    def close(self) -> None:
+        """Removes the directory. Idempotent."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def sweep(base: Path) -> None:
+    """Removes the directories whose owners died."""
+    for directory in base.iterdir():
+        lock = directory / "lock"
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # not ours, or its owner is just making it
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            logger.info("removing %s, left behind by a parameter server that died", directory)
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            os.close(fd)
+
+
+def _default_base() -> Path:
+    return Path(tempfile.gettempdir()) / f"ckpt-engine-{os.getuid()}"
+
+
+def _private_directory(path: Path) -> Path:
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700, parents=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ConfigError(
+            f"{path} must be a directory of this user that nobody else may enter (mode 0700): "
+            "correct it, or set CKPT_ENGINE_SOCKET_DIR to another"
+        )
+    return path
+
+
+def tune(sock: zmq.Socket[bytes], max_nbytes: int) -> None:
+    """The options both ends share: bounded messages, no queueing limit, nothing kept after close."""
+    sock.setsockopt(zmq.MAXMSGSIZE, max_nbytes)
+    sock.setsockopt(zmq.SNDHWM, 0)
+    sock.setsockopt(zmq.RCVHWM, 0)
+    sock.setsockopt(zmq.LINGER, 0)
+
+
+def listen(path: str) -> socket.socket:
+    """A listening Unix stream socket that only this user can reach."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.listen(64)
+        sock.setblocking(False)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def peer_credentials(sock: socket.socket) -> tuple[int, int]:
+    """(pid, uid) of the process on the other side, as the kernel tells it (pid 0: another namespace)."""
+    size = struct.calcsize("3i")
+    pid, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    return pid, uid
+
+
+def check_peer(sock: socket.socket) -> int:
+    """The peer's pid. Raises ProtocolError when it runs as another user (root may connect)."""
+    pid, uid = peer_credentials(sock)
+    if uid not in (os.getuid(), 0):
+        raise ProtocolError(f"refused a connection of pid {pid}, which runs as uid {uid}")
+    return pid
+
+
+def send_descriptors(sock: socket.socket, payload: bytes, descriptors: list[int]) -> None:
+    """Sends `payload` (not empty) with descriptors attached to its first byte; blocks, briefly."""
+    sent = socket.send_fds(sock, [payload], descriptors) if descriptors else sock.send(payload)
+    sock.sendall(payload[sent:])

@@ -1,0 +1,145 @@
+"""The vocabulary: what ranks tell each other about the weights they hold. JSON both ways (pydantic)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from ckpt_engine.errors import CheckpointFormatError
+
+ALIGNMENT = 256
+"""Bytes to which every tensor is aligned in host buffers and slots."""
+
+DTYPE_NBYTES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "float8_e8m0fnu": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "float32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "float64": 8,
+    "complex64": 8,
+}
+"""The dtypes that travel, by torch's names (`getattr(torch, name)`), and the bytes of one element."""
+
+
+def align_up(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    """`nbytes` rounded up to a multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorMeta(_Model):
+    """One tensor: `dtype` by torch's name, `offset` and `nbytes` in bytes from the start of its buffer."""
+
+    name: str = Field(min_length=1)
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int = Field(ge=0)
+    nbytes: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TensorMeta:
+        if self.dtype not in DTYPE_NBYTES:
+            raise ValueError(f"tensor {self.name!r}: unknown dtype {self.dtype!r}")
+        if any(size < 0 for size in self.shape):
+            raise ValueError(f"tensor {self.name!r}: negative size in shape {self.shape}")
+        if math.prod(self.shape) * DTYPE_NBYTES[self.dtype] != self.nbytes:
+            raise ValueError(
+                f"tensor {self.name!r}: shape {self.shape} of {self.dtype} is not {self.nbytes} bytes"
+            )
+        return self
+
+
+class HostBufferMeta(_Model):
+    """A packed part of a host arena: `address` in the owner's process, `nbytes`, tensors by offset."""
+
+    address: int = Field(ge=0)
+    nbytes: int = Field(ge=0)
+    tensors: tuple[TensorMeta, ...]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> HostBufferMeta:
+        end = 0
+        for tensor in self.tensors:
+            if tensor.offset < end:
+                raise ValueError(f"tensor {tensor.name!r} overlaps the one before it")
+            end = tensor.offset + tensor.nbytes
+        if end > self.nbytes:
+            raise ValueError(f"tensors end at byte {end} of a buffer of {self.nbytes} bytes")
+        return self
+
+
+class RankMetas(_Model):
+    """What one rank holds of one checkpoint, and who it is.
+
+    `epoch` changes whenever the rank's arena of that name is made or refilled; `p2p_address` and
+    `rdma_device` are None where the rank cannot be read by P2P.
+    """
+
+    rank: int = Field(ge=0)
+    host: str
+    host_ip: str
+    device_uuid: str
+    epoch: str
+    p2p_address: str | None = None
+    rdma_device: str | None = None
+    buffers: tuple[HostBufferMeta, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without the padding between them."""
+        return sum(tensor.nbytes for buffer in self.buffers for tensor in buffer.tensors)
+
+    @property
+    def tensor_count(self) -> int:
+        return sum(len(buffer.tensors) for buffer in self.buffers)
+
+
+Metas = dict[int, RankMetas]
+"""rank -> what it holds."""
+
+_METAS = TypeAdapter(Metas)
+
+
+def metas_to_json(metas: Mapping[int, RankMetas]) -> bytes:
+    """Metas as UTF-8 JSON: an object whose keys are ranks."""
+    return _METAS.dump_json(dict(metas))
+
+
+def metas_from_json(text: bytes | str) -> Metas:
+    """The inverse of `metas_to_json`.
+
+    Raises:
+        CheckpointFormatError: not metas, or metas that contradict themselves.
+    """
+    try:
+        metas = _METAS.validate_json(text)
+    except ValidationError as error:
+        raise CheckpointFormatError(f"not a metas document: {error}") from None
+    for rank, held in metas.items():
+        if held.rank != rank:
+            raise CheckpointFormatError(f"metas of rank {rank} claim to be of rank {held.rank}")
+    return metas
+
+
+def topology(metas: Mapping[int, RankMetas]) -> dict[str, set[int]]:
+    """`{rdma_device}@{host}` -> ranks behind that device (`tcp` where a rank has no RDMA device)."""
+    groups: dict[str, set[int]] = {}
+    for rank, held in sorted(metas.items()):
+        groups.setdefault(f"{held.rdma_device or 'tcp'}@{held.host}", set()).add(rank)
+    return groups

@@ -1,0 +1,421 @@
+"""The facade: one `ParameterServer` per rank, beside one device.
+
+Typical usage, on every rank of `torchrun`:
+
+    with ParameterServer() as ps:
+        ps.register_checkpoint("step-100", files=my_share)
+        ps.gather_metas("step-100")
+        ps.update("step-100", req_func)
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import socket
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from os import PathLike
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+import zmq
+from torch._C._distributed_c10d import PrefixStore
+
+from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.devices import make_device
+from ckpt_engine.errors import (
+    CheckpointError,
+    ConfigError,
+    ErrorRecord,
+    UnknownCheckpointError,
+)
+from ckpt_engine.ipc.sockets import SocketDirectory
+from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json, topology
+from ckpt_engine.settings import Settings, load_settings
+from ckpt_engine.transport.control import Control
+from ckpt_engine.update.request import SocketPaths
+from ckpt_engine.update.session import Progress, Rank, UpdateReport, UpdateSession
+
+logger = logging.getLogger(__name__)
+
+Timeout = timedelta | float
+"""A duration, or seconds."""
+
+TEN_MINUTES = timedelta(minutes=10)
+
+
+class ParameterServer:
+    """Holds this rank's share of checkpoints in host memory, and updates the engine's workers with them.
+
+    Args:
+        rank, world_size: default: RANK and WORLD_SIZE, else a lone rank.
+        auto_pg: make the private groups when they are first needed. False: only after
+            `init_process_group`.
+        gpu_count: devices on this host (default: LOCAL_WORLD_SIZE, else the world size, on CPU).
+        mem_fraction: share of the free device memory that an update may use (default:
+            PS_MEM_FRACTION, else 0.9).
+        master_addr, master_port: where rank 0 serves the control store (default: MASTER_ADDR, and
+            MASTER_PORT + 1, since the launcher's own store has MASTER_PORT).
+        device: `cpu`, or None to detect.
+
+    Raises:
+        ConfigError: a bad value; the message names the argument or the variable.
+    """
+
+    def __init__(
+        self,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        auto_pg: bool = True,
+        gpu_count: int | None = None,
+        mem_fraction: float | None = None,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.settings = load_settings()
+        self.rank, self.world_size = _place(rank, world_size, self.settings)
+        self.mem_fraction = self.settings.mem_fraction if mem_fraction is None else mem_fraction
+        if not 0 < self.mem_fraction <= 1:
+            raise ConfigError(f"mem_fraction={mem_fraction}: must be above 0 and at most 1")
+        if master_port is not None and not 0 < master_port < 65536:
+            raise ConfigError(f"master_port={master_port}: must be from 1 to 65535")
+        count = gpu_count if gpu_count is not None else self.settings.local_world_size or self.world_size
+        if count < 1:
+            raise ConfigError(f"gpu_count={gpu_count}: must be at least 1")
+        self.local_rank = self.rank % count
+        self.auto_pg = auto_pg
+        self._master_addr, self._master_port = master_addr, master_port
+        self._device = make_device(device, self.settings, self.local_rank)
+        self._registry = CheckpointRegistry(self.settings.load_threads, self.settings.huge_pages)
+        self._gathered: dict[str, tuple[str | None, Metas]] = {}
+        self._metas: Metas = {}
+        self._topology: dict[str, set[int]] = {}
+        self._me: Rank | None = None
+        self._owns_default_group = False
+        _OPEN.add(self)
+
+    # Checkpoints
+
+    def register_checkpoint(
+        self,
+        checkpoint_name: str,
+        *,
+        files: Sequence[str | PathLike[str] | FileSelection] | None = None,
+        named_tensors: Mapping[str, torch.Tensor] | None = None,
+        use_shared_memory_pool: bool = False,
+        use_inplace_pin_memory: bool = False,
+    ) -> None:
+        """Loads this rank's share into host memory.
+
+        Args:
+            files: `.safetensors` files, whole or in part (`FileSelection`).
+            named_tensors: tensors on any device; their bytes are copied.
+
+        Raises:
+            CheckpointExistsError: the name is taken.
+            CheckpointFormatError: a file is not what it claims to be.
+            HostMemoryError: it does not fit. Nothing is registered after any failure.
+        """
+        if use_shared_memory_pool or use_inplace_pin_memory:
+            option = "use_shared_memory_pool" if use_shared_memory_pool else "use_inplace_pin_memory"
+            raise ConfigError(f"{option}=True is not in this version: leave it off")
+        self._registry.register(checkpoint_name, files=files, named_tensors=named_tensors)
+
+    def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
+        """Frees the memory of a checkpoint. An unknown name is only warned about.
+
+        Args:
+            force: also frees a shared memory pool (this version has none).
+        """
+        self._gathered.pop(checkpoint_name, None)
+        if not self._registry.unregister(checkpoint_name):
+            logger.warning("checkpoint %r is not registered on rank %d", checkpoint_name, self.rank)
+
+    def gather_metas(self, checkpoint_name: str, timeout: Timeout = TEN_MINUTES) -> None:
+        """All ranks exchange what each holds of a checkpoint. Every rank must call it.
+
+        Raises:
+            UnknownCheckpointError: no rank holds anything under this name.
+            ConfigError: two ranks have the same device UUID.
+            UpdateError: a rank did not come, or failed.
+        """
+        deadline = _deadline(timeout)
+        me = self._rank(deadline)
+        held = self._registry.get(checkpoint_name) if checkpoint_name in self._registry.names() else None
+        round_ = me.control.open_round()
+        try:
+            blobs = round_.exchange(
+                f"gather_metas({checkpoint_name!r})",
+                metas_to_json({self.rank: self._metas_of(held)}),
+                deadline,
+            )
+        except BaseException as error:
+            round_.abort(ErrorRecord.from_exception(error, rank=self.rank, stage="gather"))
+            raise
+        finally:
+            round_.leave()
+        metas = {rank: held for blob in blobs for rank, held in metas_from_json(blob).items()}
+        if not any(other.tensor_count for other in metas.values()):
+            raise UnknownCheckpointError(
+                f"no rank has registered anything as {checkpoint_name!r}; this one holds "
+                + (", ".join(map(repr, self._registry.names())) or "nothing")
+            )
+        _check_devices(metas)
+        self._gathered[checkpoint_name] = (held.epoch if held else None, metas)
+        self._show(metas)
+
+    def get_metas(self) -> Metas:
+        """What was gathered or loaded last: rank -> what it holds."""
+        return dict(self._metas)
+
+    def load_metas(self, metas: Metas) -> None:
+        """Replaces the senders' side by another fleet's metas, and derives its topology."""
+        # Through JSON: what another process sent is checked like what this one made.
+        self._show(metas_from_json(metas_to_json(metas)))
+
+    @property
+    def remote_topology(self) -> dict[str, set[int]]:
+        """`{rdma_device}@{host}` -> the senders' ranks behind it."""
+        return {device: set(ranks) for device, ranks in self._topology.items()}
+
+    # Updates
+
+    def update(
+        self,
+        checkpoint_name: str,
+        req_func: Callable[[SocketPaths], object],
+        *,
+        timeout: Timeout = TEN_MINUTES,
+        ranks: Sequence[int] | None = None,
+        on_progress: Progress | None = None,
+    ) -> UpdateReport:
+        """Puts the checkpoint into every rank's worker, or into none. Every rank must call it.
+
+        Args:
+            req_func: called once, in a thread, with `[(device_uuid, zmq_handle), ...]` of all ranks; it
+                asks the engine to start receiving.
+            timeout: for the whole update.
+            ranks: None or empty: all ranks.
+            on_progress: called with (bytes loaded by this rank's worker, bytes in all).
+
+        Raises:
+            UpdateError: the update did not commit; every rank raises the same record.
+            PublishError: it did, but `req_func` failed.
+            UnknownCheckpointError: not gathered since it was registered.
+        """
+        wanted = sorted(set(ranks or range(self.world_size)))
+        if wanted[0] < 0 or wanted[-1] >= self.world_size:
+            raise ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
+        if len(wanted) < self.world_size:
+            raise ConfigError("an update of some ranks only is not in this version: leave ranks empty")
+        deadline = _deadline(timeout)
+        session = UpdateSession(
+            me=self._rank(deadline),
+            checkpoint_name=checkpoint_name,
+            prepare=lambda: self._prepare(checkpoint_name),
+            req_func=req_func,
+            deadline=deadline,
+            progress=on_progress,
+        )
+        report = session.run()
+        logger.info(
+            "rank %d: %r is in place as version %s: %d tensors, %d bytes in %.3f s",
+            self.rank,
+            checkpoint_name,
+            report.version,
+            report.tensors,
+            report.nbytes,
+            report.seconds,
+        )
+        return report
+
+    def _prepare(self, checkpoint_name: str) -> tuple[HostCheckpoint | None, Metas, str]:
+        known = checkpoint_name in self._registry.names()
+        if checkpoint_name not in self._gathered:
+            raise UnknownCheckpointError(
+                f"{checkpoint_name!r} is registered but not gathered: call gather_metas first"
+                if known
+                else f"{checkpoint_name!r} is neither registered nor gathered on rank {self.rank}, which has "
+                + (", ".join(map(repr, self._registry.names())) or "nothing")
+            )
+        epoch, metas = self._gathered[checkpoint_name]
+        held = self._registry.get(checkpoint_name) if known else None
+        if (held.epoch if held else None) != epoch:
+            raise CheckpointError(
+                f"{checkpoint_name!r} changed on rank {self.rank} since gather_metas: call it again"
+            )
+        digest = hashlib.sha256(metas_to_json(metas)).hexdigest()
+        return held, metas, digest
+
+    # Groups
+
+    def init_process_group(
+        self,
+        *,
+        master_addr: str | None = None,
+        master_port: int | None = None,
+        timeout: Timeout = TEN_MINUTES,
+    ) -> None:
+        """Makes the control store, and torch's default process group on it where there is none.
+
+        The updates themselves never use the default group: this is for callers who do.
+        """
+        if self._me is not None and (master_addr or master_port):
+            raise ConfigError("master_addr and master_port were given, but the control store is up already")
+        self._master_addr = master_addr or self._master_addr
+        self._master_port = master_port or self._master_port
+        deadline = _deadline(timeout)
+        me = self._rank(deadline, explicit=True)
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo",
+                store=PrefixStore("default", me.control.store),
+                rank=self.rank,
+                world_size=self.world_size,
+                timeout=timedelta(seconds=max(1.0, deadline.remaining)),
+            )
+            self._owns_default_group = True
+
+    def _rank(self, deadline: Deadline, *, explicit: bool = False) -> Rank:
+        """What this rank keeps between updates, made when first needed."""
+        if self._me is not None:
+            return self._me
+        if not (self.auto_pg or explicit):
+            raise ConfigError("auto_pg=False: call init_process_group() first")
+        address, port = self._store_address()
+        directory = SocketDirectory(self.settings.socket_dir)
+        try:
+            control = Control(
+                rank=self.rank,
+                world_size=self.world_size,
+                master_addr=address,
+                store_port=port,
+                deadline=deadline,
+            )
+        except BaseException:
+            directory.close()
+            raise
+        self._me = Rank(
+            rank=self.rank,
+            settings=self.settings,
+            mem_fraction=self.mem_fraction,
+            device=self._device,
+            control=control,
+            directory=directory,
+            zmq_ctx=zmq.Context(),
+        )
+        return self._me
+
+    def _store_address(self) -> tuple[str, int]:
+        address = self._master_addr or self.settings.master_addr
+        port = self._master_port
+        if port is None and self.settings.master_port is not None:
+            port = self.settings.master_port + 1
+        if self.world_size == 1:
+            # Nobody else must find it: any free port of the loopback will do.
+            return self._master_addr or "127.0.0.1", self._master_port or 0
+        if address is None or port is None:
+            raise ConfigError(
+                f"world_size={self.world_size}, but nothing says where rank 0 is: give master_addr and "
+                "master_port, or start the ranks with torchrun (MASTER_ADDR, MASTER_PORT)"
+            )
+        return address, port
+
+    # Ending
+
+    def close(self) -> None:
+        """Frees host memory, sockets and groups. Idempotent; also called at the interpreter's exit."""
+        _OPEN.discard(self)
+        self._registry.close()
+        self._gathered.clear()
+        if self._owns_default_group and dist.is_initialized():
+            dist.destroy_process_group()
+            self._owns_default_group = False
+        me, self._me = self._me, None
+        if me is not None:
+            me.drop_groups()
+            me.control.close()
+            me.directory.close()
+            me.zmq_ctx.term()
+
+    def __enter__(self) -> ParameterServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # Metas
+
+    def _metas_of(self, held: HostCheckpoint | None) -> RankMetas:
+        return RankMetas(
+            rank=self.rank,
+            host=self.settings.host_id,
+            host_ip=_host_ip(self._master_addr or self.settings.master_addr),
+            device_uuid=self._device.uuid(),
+            epoch=held.epoch if held else "",
+            buffers=held.buffers if held else (),
+        )
+
+    def _show(self, metas: Metas) -> None:
+        self._metas = metas
+        self._topology = topology(metas)
+
+
+_OPEN: weakref.WeakSet[ParameterServer] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Rank 0 serves the store: it must not go before the others have read the last decision."""
+    for server in list(_OPEN):
+        server.close()
+
+
+def _place(rank: int | None, world_size: int | None, settings: Settings) -> tuple[int, int]:
+    size = world_size if world_size is not None else settings.world_size
+    place = rank if rank is not None else settings.rank
+    if size is None and place is None:
+        return 0, 1
+    if size is None or size < 1:
+        raise ConfigError(f"world_size={size}: give world_size (or WORLD_SIZE), at least 1")
+    if place is None or not 0 <= place < size:
+        raise ConfigError(f"rank={place}: give rank (or RANK), from 0 to {size - 1}")
+    return place, size
+
+
+def _check_devices(metas: Metas) -> None:
+    seen: dict[str, int] = {}
+    for rank, held in sorted(metas.items()):
+        other = seen.setdefault(held.device_uuid, rank)
+        if other != rank:
+            raise ConfigError(
+                f"ranks {other} and {rank} both have device {held.device_uuid}: set gpu_count to the "
+                "number of ranks on a host, CKPT_ENGINE_HOST_ID to a name of its own for each host, or "
+                "CKPT_ENGINE_DEVICE_UUID for each rank"
+            )
+
+
+def _deadline(timeout: Timeout) -> Deadline:
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
+    if not seconds > 0:
+        raise ConfigError(f"timeout={timeout}: must be a positive number of seconds")
+    return Deadline.after(seconds)
+
+
+def _host_ip(towards: str | None) -> str:
+    """The address of this host's interface that faces `towards` (no packet is sent)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((towards or "127.0.0.1", 9))
+        except OSError:
+            return "127.0.0.1"
+        return str(sock.getsockname()[0])

@@ -1,0 +1,207 @@
+"""The update plan: which bytes go where, in which order. Data, not behaviour.
+
+Every rank computes the same plan from the same metas. A bucket's place in the ring follows from its
+place in the sequence, so a rank may use a slot as soon as the buckets it overlaps have been released:
+`waits_for` names the last of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import zip_longest
+from typing import Any
+
+from ckpt_engine.errors import PlanError
+from ckpt_engine.ipc.messages import BucketLayout, TensorLayout
+from ckpt_engine.metadata import RankMetas, align_up
+from ckpt_engine.planning.ring import RingShape, shape_ring
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class HostRange:
+    """Bytes to copy from the owner's host buffer number `buffer` to `bucket_offset` in the bucket."""
+
+    buffer: int
+    offset: int
+    nbytes: int
+    bucket_offset: int
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Bucket:
+    """Tensors that travel together: `tensors` by their offset in the bucket, `ranges` to fill it."""
+
+    owner: int
+    nbytes: int
+    tensors: tuple[TensorLayout, ...]
+    ranges: tuple[HostRange, ...]
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class PlannedBucket:
+    """A bucket with its place in the sequence and in the ring; `waits_for` is -1 where nothing overlaps."""
+
+    index: int
+    bucket: Bucket
+    ring_offset: int
+    waits_for: int
+
+    @property
+    def owner(self) -> int:
+        return self.bucket.owner
+
+    @property
+    def nbytes(self) -> int:
+        return self.bucket.nbytes
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.bucket.tensors)
+
+
+@dataclass(kw_only=True, frozen=True)
+class UpdatePlan:
+    """One update of one checkpoint on every rank."""
+
+    checkpoint: str
+    ring: RingShape
+    buckets: tuple[PlannedBucket, ...]
+
+    @cached_property
+    def layouts(self) -> tuple[BucketLayout, ...]:
+        """What a worker needs to know of the buckets."""
+        return tuple(
+            BucketLayout(item.ring_offset, item.nbytes, item.bucket.tensors) for item in self.buckets
+        )
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without padding."""
+        return sum(tensor.nbytes for item in self.buckets for tensor in item.bucket.tensors)
+
+    @cached_property
+    def tensor_count(self) -> int:
+        return sum(len(item.bucket.tensors) for item in self.buckets)
+
+    def owners(self) -> dict[int, int]:
+        """Owner rank -> bytes it sends."""
+        sent: dict[int, int] = {}
+        for item in self.buckets:
+            sent[item.owner] = sent.get(item.owner, 0) + item.nbytes
+        return dict(sorted(sent.items()))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data, for `ckpt-engine plan --json`."""
+        return {
+            "checkpoint": self.checkpoint,
+            "tensors": self.tensor_count,
+            "bytes": self.nbytes,
+            "slots": self.ring.count,
+            "slot_bytes": self.ring.slot_nbytes,
+            "ring_bytes": self.ring.nbytes,
+            "owners": {str(rank): nbytes for rank, nbytes in self.owners().items()},
+            "buckets": [
+                {
+                    "index": item.index,
+                    "owner": item.owner,
+                    "bytes": item.nbytes,
+                    "ring_offset": item.ring_offset,
+                    "waits_for": item.waits_for,
+                    "tensors": list(item.names()),
+                }
+                for item in self.buckets
+            ],
+        }
+
+
+def cut_buckets(held: RankMetas, bucket_nbytes: int) -> Iterator[Bucket]:
+    """Cuts what one rank holds into buckets of at most `bucket_nbytes` (a larger tensor stands alone).
+
+    A tensor is never split; the tensors of a bucket are contiguous in their host buffers, so a bucket
+    needs one copy for each host buffer it touches.
+    """
+    tensors: list[TensorLayout] = []
+    ranges: list[HostRange] = []
+    end = 0
+    for number, buffer in enumerate(held.buffers):
+        for tensor in buffer.tensors:
+            fresh_range = not ranges or ranges[-1].buffer != number
+            start = align_up(end)
+            if tensors and start + tensor.nbytes > bucket_nbytes:
+                yield Bucket(owner=held.rank, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
+                tensors, ranges, start, fresh_range = [], [], 0, True
+            if fresh_range:
+                ranges.append(
+                    HostRange(buffer=number, offset=tensor.offset, nbytes=tensor.nbytes, bucket_offset=start)
+                )
+            else:
+                first = ranges[-1]
+                # Within a host buffer the gaps are kept, so offsets differ by a constant.
+                start = first.bucket_offset + tensor.offset - first.offset
+                ranges[-1] = HostRange(
+                    buffer=number,
+                    offset=first.offset,
+                    nbytes=tensor.offset + tensor.nbytes - first.offset,
+                    bucket_offset=first.bucket_offset,
+                )
+            tensors.append(TensorLayout(tensor.name, tensor.dtype, tensor.shape, start, tensor.nbytes))
+            end = start + tensor.nbytes
+    if tensors:
+        yield Bucket(owner=held.rank, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
+
+
+def place(buckets: list[Bucket], ring: RingShape) -> tuple[PlannedBucket, ...]:
+    """Gives each bucket of the sequence adjacent slots, the ring walked round."""
+    planned: list[PlannedBucket] = []
+    last_user = [-1] * ring.count
+    cursor = 0
+    for index, bucket in enumerate(buckets):
+        taken = ring.slots_for(bucket.nbytes)
+        if cursor + taken > ring.count:
+            cursor = 0
+        waits_for = max(last_user[cursor : cursor + taken])
+        last_user[cursor : cursor + taken] = [index] * taken
+        planned.append(
+            PlannedBucket(
+                index=index, bucket=bucket, ring_offset=cursor * ring.slot_nbytes, waits_for=waits_for
+            )
+        )
+        cursor = (cursor + taken) % ring.count
+    return tuple(planned)
+
+
+def make_plan(
+    checkpoint: str, metas: Mapping[int, RankMetas], *, slot_nbytes: int, slot_count: int, budget: int
+) -> UpdatePlan:
+    """The plan of an update of every rank.
+
+    Args:
+        slot_nbytes, slot_count: the wanted ring.
+        budget: bytes of device memory that the ring may take on every rank.
+
+    Raises:
+        PlanError: a tensor held twice, nothing held at all, or too little memory.
+    """
+    owners: dict[str, int] = {}
+    largest = total = 0
+    for rank, held in sorted(metas.items()):
+        for buffer in held.buffers:
+            for tensor in buffer.tensors:
+                other = owners.setdefault(tensor.name, rank)
+                if other != rank:
+                    raise PlanError(
+                        f"tensor {tensor.name!r} is held by rank {other} and by rank {rank}: "
+                        "register every tensor on one rank only"
+                    )
+                largest = max(largest, tensor.nbytes)
+                total += align_up(tensor.nbytes)
+    if not owners:
+        raise PlanError(f"checkpoint {checkpoint!r} holds no tensor on any rank")
+    ring = shape_ring(
+        slot_nbytes=slot_nbytes, slot_count=slot_count, largest_tensor=largest, total=total, budget=budget
+    )
+    per_owner = [list(cut_buckets(held, ring.slot_nbytes)) for _, held in sorted(metas.items())]
+    # Owners in turn: their copies to the device run at the same time.
+    sequence = [bucket for turn in zip_longest(*per_owner) for bucket in turn if bucket is not None]
+    return UpdatePlan(checkpoint=checkpoint, ring=ring, buckets=place(sequence, ring))

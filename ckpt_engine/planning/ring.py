@@ -1,0 +1,55 @@
+"""How large the ring of slots is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckpt_engine.errors import PlanError
+from ckpt_engine.metadata import align_up
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class RingShape:
+    """`count` slots of `slot_nbytes` bytes each, in one allocation."""
+
+    slot_nbytes: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.slot_nbytes * self.count
+
+    def slots_for(self, nbytes: int) -> int:
+        """Adjacent slots that a bucket of `nbytes` takes."""
+        return max(1, -(-nbytes // self.slot_nbytes))
+
+
+def shape_ring(
+    *, slot_nbytes: int, slot_count: int, largest_tensor: int, total: int, budget: int
+) -> RingShape:
+    """The ring for one update, all sizes in bytes.
+
+    The wanted slots are shrunk to what the checkpoint needs, and to the memory `budget`; a tensor
+    larger than a slot takes adjacent slots, so the ring is at least as large as the largest tensor.
+
+    Raises:
+        PlanError: not even the largest tensor fits the budget.
+    """
+    largest = align_up(max(largest_tensor, 1))
+    slot = min(align_up(max(slot_nbytes, 1)), max(align_up(max(total, 1)), largest))
+    if largest > budget:
+        raise PlanError(
+            f"the largest tensor takes {largest} bytes, but an update may use only {budget} bytes on the "
+            "device with the least free memory: free device memory or raise PS_MEM_FRACTION"
+        )
+    count = min(slot_count, max(1, -(-max(total, 1) // slot)))
+    if slot * count > budget:
+        # Fewer bytes a slot before fewer slots: small slots are nearly as fast, one slot is serial.
+        slot = budget // count // 256 * 256
+        if slot == 0:
+            slot, count = largest, 1
+    while slot * count < largest:
+        count += 1
+    if slot * count > budget:
+        slot, count = largest, 1
+    return RingShape(slot_nbytes=slot, count=count)

@@ -1,0 +1,233 @@
+"""Asks an inference engine, over HTTP, to run a method on its workers.
+
+    request_inference_to_update("http://127.0.0.1:8000/collective_rpc", socket_paths)
+
+The engine's answer is `{"results": [one per worker]}`, as vLLM's `/collective_rpc` gives it. Every
+worker's result counts, not the HTTP status alone: an engine answers 200 also when a worker failed.
+
+One connection per call: an update is minutes after the one before, and an engine that was restarted
+in between would answer a kept connection with a reset. Proxies of the environment are not used: an
+engine is addressed directly, and a proxy would see, and cut off, requests of minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from ckpt_engine.errors import MAX_TEXT, ConfigError, EngineRequestError
+
+MAX_ERROR_NBYTES = 4 * 1024
+"""How much of an engine's answer an error message repeats."""
+MAX_ANSWER_NBYTES = 64 * 1024 * 1024
+"""Largest answer: hundreds of workers, each with a traceback."""
+_SHOWN_WORKERS = 8
+_CONNECT_TIMEOUT = 30.0
+_PROBE_TIMEOUT = 5.0
+
+
+def request_inference_to_update(
+    url: str,
+    socket_paths: Sequence[tuple[str, str]],
+    timeout: float = 300.0,
+    uds: str | None = None,
+) -> None:
+    """Has the engine's workers receive an update; returns once every one of them committed.
+
+    Args:
+        url: the engine's route, such as `http://127.0.0.1:8000/collective_rpc`.
+        socket_paths: `(device_uuid, zmq_handle)` of every rank.
+        timeout: seconds that the engine gives its workers; the HTTP request waits slightly longer.
+        uds: path of the Unix socket to speak over; the host in `url` then only fills the Host header.
+
+    Raises:
+        EngineRequestError: not reached, refused, or a worker did not commit (with its traceback).
+    """
+    handles = [[uuid, handle] for uuid, handle in socket_paths]
+    method = "update_weights_from_ipc"
+    results = call_engine(url, method, [handles], timeout=timeout, uds=uds)
+    where = _where(url, uds)
+    if not results:
+        raise EngineRequestError(f"{where} ran {method} on no worker: its list of results is empty")
+    problems = [
+        (index, problem)
+        for index, result in enumerate(results)
+        if (problem := _problem_of(index, result)) is not None
+    ]
+    if problems:
+        shown = [problem for _, problem in problems[:_SHOWN_WORKERS]]
+        if len(problems) > len(shown):
+            shown.append(f"workers {[index for index, _ in problems[_SHOWN_WORKERS:]]} failed as well")
+        raise EngineRequestError(
+            f"{len(problems)} of {len(results)} workers of {where} did not commit the update\n"
+            + "\n".join(shown)
+        )
+
+
+def call_engine(
+    url: str,
+    method: str,
+    args: Sequence[Any] = (),
+    timeout: float = 300.0,
+    uds: str | None = None,
+) -> list[Any]:
+    """POSTs `{"method", "args", "timeout"}` and returns the answer's `results`, one per worker.
+
+    Args:
+        timeout: seconds, sent to the engine; the HTTP request waits slightly longer (5 %, 1 to 10 s),
+            so that the engine's own account of a timeout arrives.
+
+    Raises:
+        EngineRequestError: unreachable, too late, an error status, or an answer of another form.
+    """
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise ConfigError(f"timeout={timeout!r}: give a finite number of seconds above 0")
+    deadline = timeout + min(10.0, max(1.0, 0.05 * timeout))
+    where = _where(url, uds)
+    try:
+        body = json.dumps({"method": method, "args": list(args), "timeout": timeout}, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"arguments of {method} are not JSON: {error}") from None
+    try:
+        status, answer = _exchange("POST", url, deadline, uds, body=body.encode(), limit=MAX_ANSWER_NBYTES)
+    except httpx.TimeoutException as error:
+        raise EngineRequestError(
+            f"{where} did not answer {method} within {deadline:g} s ({_name(error)})"
+        ) from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise EngineRequestError(f"{where} could not be asked to run {method}: {_name(error)}") from None
+    if not 200 <= status < 300:
+        raise EngineRequestError(f"{where} answered {method} with HTTP {status}: {_error_text(answer)}")
+    try:
+        document = json.loads(answer)
+    except (ValueError, RecursionError):
+        raise EngineRequestError(
+            f"{where} answered {method} with HTTP {status} and something that is not JSON: {_text(answer)}"
+        ) from None
+    results = document.get("results") if isinstance(document, dict) else None
+    if not isinstance(results, list):
+        raise EngineRequestError(
+            f"{where} answered {method} with HTTP {status} but no list of results: {_text(answer)}"
+        )
+    return results
+
+
+def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, path: str = "/health") -> None:
+    """Polls `endpoint + path` until it answers with a 2xx status.
+
+    Raises:
+        EngineRequestError: still not after `timeout` seconds; the message has the last answer.
+    """
+    url = endpoint.rstrip("/") + path
+    deadline = time.monotonic() + timeout
+    pause = 0.05
+    last = "it was not asked"
+    while (remaining := deadline - time.monotonic()) > 0:
+        try:
+            status, answer = _exchange(
+                "GET", url, min(remaining, _PROBE_TIMEOUT), uds, limit=MAX_ERROR_NBYTES
+            )
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            # No wait will mend the address.
+            raise EngineRequestError(f"{_where(url, uds)} is not an address: {_name(error)}") from None
+        except (httpx.HTTPError, OSError) as error:
+            last = _name(error)
+        else:
+            if 200 <= status < 300:
+                return
+            last = f"HTTP {status}: {_text(answer)}"
+        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+        pause = min(1.0, 2 * pause)
+    raise EngineRequestError(f"{_where(url, uds)} is not healthy after {timeout:g} s; last answer: {last}")
+
+
+def _exchange(
+    method: str, url: str, timeout: float, uds: str | None, *, body: bytes = b"", limit: int
+) -> tuple[int, bytes]:
+    """One request on a connection of its own: the status and at most `limit` bytes of the body."""
+    deadline = time.monotonic() + timeout
+    headers = {"Connection": "close", "Accept": "application/json", "Accept-Encoding": "identity"}
+    if body:
+        headers["Content-Type"] = "application/json"
+    limits = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT))
+    # A transport given by hand also switches the environment's proxies off.
+    transport = httpx.HTTPTransport(uds=uds)
+    with (
+        httpx.Client(transport=transport, timeout=limits) as client,
+        client.stream(method, url, content=body, headers=headers) as response,
+    ):
+        parts: list[bytes] = []
+        nbytes = 0
+        for part in response.iter_bytes():
+            parts.append(part)
+            nbytes += len(part)
+            if nbytes >= limit:
+                break
+            # httpx limits each read, not their sum: an answer that drips would never time out.
+            if time.monotonic() > deadline:
+                raise httpx.ReadTimeout(f"the answer was still coming after {timeout:g} s")
+        return response.status_code, b"".join(parts)[:limit]
+
+
+def _problem_of(index: int, result: object) -> str | None:
+    """What is wrong with a worker's result; None: it counts as success.
+
+    Engines turn a method's None into null or "None"; ours return a status dict (ipc.receiver).
+    """
+    if result is None or result == "None":
+        return None
+    if not isinstance(result, Mapping):
+        return f"worker {index} answered {_cut(str(result))}"
+    if result.get("outcome") == "committed":
+        return None
+    problem = (
+        f"worker {index} on device {result.get('device') or 'unknown'}: "
+        f"{result.get('outcome') or 'no outcome'}: {_cut(str(result.get('error') or 'no error given'))}"
+    )
+    if result.get("traceback"):
+        text = str(result["traceback"])[-MAX_TEXT:].rstrip()
+        problem += f"\n--- traceback of worker {index} ---\n{text}"
+    return problem
+
+
+def _error_text(answer: bytes) -> str:
+    """The message and traceback of a JSON error body, else the body itself."""
+    try:
+        document = json.loads(answer)
+    except (ValueError, RecursionError):
+        return _text(answer)
+    if not isinstance(document, dict):
+        return _text(answer)
+    # OpenAI-style servers nest the message; ours and FastAPI's do not.
+    inner = document.get("error")
+    fields = inner if isinstance(inner, dict) else document
+    message = next((fields[key] for key in ("error", "message", "detail") if fields.get(key)), None)
+    if message is None:
+        return _text(answer)
+    text = _cut(message if isinstance(message, str) else json.dumps(message))
+    remote = fields.get("traceback") or document.get("traceback")
+    if remote:
+        # The end of a traceback tells more than its beginning.
+        text += f"\n--- traceback in the engine ---\n{str(remote)[-MAX_ERROR_NBYTES:].rstrip()}"
+    return text
+
+
+def _text(answer: bytes) -> str:
+    return _cut(answer[: 2 * MAX_ERROR_NBYTES].decode("utf-8", "replace").strip()) or "an empty body"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_ERROR_NBYTES else text[:MAX_ERROR_NBYTES] + " [...]"
+
+
+def _where(url: str, uds: str | None) -> str:
+    return f"engine at {url}" + (f" (Unix socket {uds})" if uds else "")
+
+
+def _name(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

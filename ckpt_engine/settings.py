@@ -1,0 +1,127 @@
+"""Every environment variable this package reads, in one place.
+
+Variables that PyTorch's launchers define (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
+and the two that the reference defines (PS_*) keep their names; ours start with CKPT_ENGINE_.
+"""
+
+from __future__ import annotations
+
+import socket
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ckpt_engine.errors import ConfigError
+
+MiB = 1024 * 1024
+GiB = 1024 * MiB
+
+
+class Settings(BaseSettings):
+    """Read from the environment when made; arguments win over the environment."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+
+    # The launcher's
+    rank: int | None = Field(None, ge=0, validation_alias=AliasChoices("rank", "RANK"))
+    world_size: int | None = Field(None, ge=1, validation_alias=AliasChoices("world_size", "WORLD_SIZE"))
+    local_world_size: int | None = Field(
+        None, ge=1, validation_alias=AliasChoices("local_world_size", "LOCAL_WORLD_SIZE")
+    )
+    master_addr: str | None = Field(None, validation_alias=AliasChoices("master_addr", "MASTER_ADDR"))
+    master_port: int | None = Field(
+        None, ge=1, le=65534, validation_alias=AliasChoices("master_port", "MASTER_PORT")
+    )
+
+    # The reference's
+    mem_fraction: float = Field(
+        0.9, gt=0, le=1, validation_alias=AliasChoices("mem_fraction", "PS_MEM_FRACTION")
+    )
+    max_bucket_size_gb: float | None = Field(
+        None, gt=0, validation_alias=AliasChoices("max_bucket_size_gb", "PS_MAX_BUCKET_SIZE_GB")
+    )
+
+    # Ours: the slot ring
+    slot_mib: float = Field(256, gt=0, validation_alias=AliasChoices("slot_mib", "CKPT_ENGINE_SLOT_MIB"))
+    slot_count: int = Field(3, ge=1, validation_alias=AliasChoices("slot_count", "CKPT_ENGINE_SLOT_COUNT"))
+
+    # Ours: who this process is
+    host_id_override: str | None = Field(
+        None, validation_alias=AliasChoices("host_id_override", "CKPT_ENGINE_HOST_ID")
+    )
+    device_uuid: str | None = Field(
+        None, validation_alias=AliasChoices("device_uuid", "CKPT_ENGINE_DEVICE_UUID")
+    )
+    cpu_devices: str | None = Field(
+        None, validation_alias=AliasChoices("cpu_devices", "CKPT_ENGINE_CPU_DEVICES")
+    )
+
+    # Ours: where sockets live; deadlines, in seconds
+    socket_dir: Path | None = Field(
+        None, validation_alias=AliasChoices("socket_dir", "CKPT_ENGINE_SOCKET_DIR")
+    )
+    handshake_timeout: float = Field(
+        120, gt=0, validation_alias=AliasChoices("handshake_timeout", "CKPT_ENGINE_HANDSHAKE_TIMEOUT")
+    )
+    reply_timeout: float = Field(
+        120, gt=0, validation_alias=AliasChoices("reply_timeout", "CKPT_ENGINE_REPLY_TIMEOUT")
+    )
+
+    # Ours: host memory
+    load_threads: int | None = Field(
+        None, ge=1, validation_alias=AliasChoices("load_threads", "CKPT_ENGINE_LOAD_THREADS")
+    )
+    huge_pages: bool | None = Field(
+        None, validation_alias=AliasChoices("huge_pages", "CKPT_ENGINE_HUGE_PAGES")
+    )
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of a slot: the setting, capped by PS_MAX_BUCKET_SIZE_GB."""
+        nbytes = int(self.slot_mib * MiB)
+        if self.max_bucket_size_gb is not None:
+            nbytes = min(nbytes, int(self.max_bucket_size_gb * GiB))
+        return nbytes
+
+    @cached_property
+    def host_id(self) -> str:
+        """The host's name in device UUIDs and metas."""
+        return self.host_id_override or socket.gethostname()
+
+    def local_cpu_index(self, index: int) -> int:
+        """The host-wide index of an engine's `index`-th CPU device (CKPT_ENGINE_CPU_DEVICES)."""
+        if self.cpu_devices is None:
+            return index
+        try:
+            indices = [int(part) for part in self.cpu_devices.split(",")]
+        except ValueError:
+            indices = []
+        if not indices or min(indices) < 0 or len(set(indices)) != len(indices):
+            raise ConfigError(
+                f"CKPT_ENGINE_CPU_DEVICES={self.cpu_devices!r}: give distinct indices from 0 up, "
+                "separated by commas, such as '2,3'"
+            )
+        if not 0 <= index < len(indices):
+            raise ConfigError(
+                f"CKPT_ENGINE_CPU_DEVICES={self.cpu_devices!r} lists {len(indices)} devices, "
+                f"but this process asks for number {index}"
+            )
+        return indices[index]
+
+
+def load_settings() -> Settings:
+    """Reads the environment.
+
+    Raises:
+        ConfigError: a variable is not what it may be; the message names each one.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in item['loc'])}={item.get('input')!r}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(f"bad environment: {problems}") from None

@@ -1,0 +1,77 @@
+"""A worker process: `serve_update` into a dict of tensors, driven by JSON lines on stdin.
+
+Each request is one line {"handles": [[uuid, handle], ...], "fault": {...}}, each answer one line: the
+status of `serve_update` and the digests of all tensors held after it. Faults:
+
+    {"kind": "run", "bucket": i, "action": A}   at bucket i (-1: the last): A is raise, exit or stop
+    {"kind": "post_hook", "action": A}          in the post hook
+    {"kind": "missing"}                         looks for a device that nobody serves
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+
+import torch
+import zmq
+
+from ckpt_engine.devices import cpu_uuid
+from ckpt_engine.ipc.receiver import serve_update
+from ckpt_engine.settings import load_settings
+
+
+def digest(tensor: torch.Tensor) -> str:
+    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + data).hexdigest()
+
+
+def act(action: str, where: str) -> None:
+    if action == "exit":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    raise RuntimeError(f"injected in {where}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    uuid = cpu_uuid(load_settings(), 0)
+    weights: dict[str, torch.Tensor] = {}
+    context = zmq.Context()
+    sys.stdout.write(json.dumps({"pid": os.getpid()}) + "\n")
+    sys.stdout.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        fault = request.get("fault") or {}
+        seen = 0
+
+        def run(tensors: list[tuple[str, torch.Tensor]], fault: dict = fault) -> None:
+            nonlocal seen
+            if fault.get("kind") == "run" and fault["bucket"] == seen:
+                act(fault["action"], f"bucket {seen}")
+            for name, tensor in tensors:
+                weights[name] = tensor.clone()
+            seen += 1
+
+        def post_hook(fault: dict = fault) -> None:
+            if fault.get("kind") == "post_hook":
+                act(fault["action"], "post_hook")
+
+        device = "CPU-nowhere-0" if fault.get("kind") == "missing" else uuid
+        status = serve_update(context, request["handles"], device, None, run=run, post_hook=post_hook)
+        answer = {
+            "status": status,
+            "digests": {name: digest(tensor) for name, tensor in weights.items()},
+            "threads": len(os.listdir("/proc/self/task")),
+            "fds": len(os.listdir("/proc/self/fd")),
+        }
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
