@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 TORCH_VERSION := 2.13.0
 TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
-PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lock clean
@@ -40,15 +40,16 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "Installing $(TORCH) ..."
 	@$(PIP) install '$(TORCH)' -c constraints.txt || { $(TORCH_HELP); exit 1; }
 	@echo "Installing ckpt-engine and its tools, at the versions of constraints.txt ..."
-	@$(PIP) install hatchling editables -c constraints.txt
+	@$(PIP) install hatchling -c constraints.txt
 	@$(PIP) install --no-build-isolation -e '.[dev]' -c constraints.txt
 	@touch $@
 
 # Never another build in its place: the default one of the package index brings gigabytes of CUDA.
 define TORCH_HELP
   echo "make: pip could not install $(TORCH); what it said is above." >&2; \
-  echo "  If it found no such build: set PIP_EXTRA_INDEX_URL to PyTorch's wheel index for CPU builds," >&2; \
-  echo "  or PIP_FIND_LINKS to a folder that holds the wheel. To choose another build: make TORCH=... ." >&2
+  echo "  If it was not the network, its index has no such build. Set PIP_EXTRA_INDEX_URL to PyTorch's" >&2; \
+  echo "  wheel index for this build (CPU), or PIP_FIND_LINKS to a folder that holds the wheel." >&2; \
+  echo "  To choose another build: make TORCH=torch==VERSION ..." >&2
 endef
 
 lock: $(STAMP)  ## Writes constraints.txt from what is installed in .venv

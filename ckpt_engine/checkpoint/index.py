@@ -112,8 +112,8 @@ def _split_by_tensor(directory: Path, rank: int, world_size: int) -> list[FileSe
         lacking = sorted(names - in_file.keys())
         if lacking:
             raise CheckpointFormatError(
-                f"{directory / INDEX_NAME}: says that tensor {lacking[0]!r} is in {file.name}, which does not "
-                f"have it" + (f" ({len(lacking)} such tensors)" if len(lacking) > 1 else "")
+                f"{directory / INDEX_NAME}: says that tensor {lacking[0]!r} is in {file.name}, which does "
+                f"not have it" + (f" ({len(lacking)} such tensors)" if len(lacking) > 1 else "")
             )
         # An index may be out of date, and engines load what is in the files; where a name is in several of
         # them, the index decides.
@@ -126,7 +126,8 @@ def _split_by_tensor(directory: Path, rank: int, world_size: int) -> list[FileSe
         for name in unlisted:
             if name in extras:
                 raise CheckpointFormatError(
-                    f"tensor {name!r} is there twice: in {extras[name]} and in {file}; the index lists neither"
+                    f"tensor {name!r} is there twice: in {extras[name]} and in {file}; "
+                    "the index lists neither"
                 )
             extras[name] = file
         sizes.extend((in_file[name], (name, file)) for name in sorted(names | set(unlisted)))

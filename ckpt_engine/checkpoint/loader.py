@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -201,20 +202,45 @@ def _tensor_tasks(
 
 
 def _run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
-    """Runs the tasks in threads; after the first failure, starts no more and raises it."""
+    """Runs the tasks in threads; after the first failure, starts no more and raises it.
+
+    However it ends, no task is at work any more: its caller frees memory and closes files next.
+    """
     if not tasks:
         return
-    futures: list[Future[None]] = []
+    idle = threading.Condition()
+    running, stopped = 0, False
+
+    def guarded(task: Callable[[], None]) -> None:
+        nonlocal running
+        with idle:
+            if stopped:
+                return
+            running += 1
+        try:
+            task()
+        except BaseException as error:
+            # Its frames hold views, which would keep the memory for as long as someone keeps the error.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            with idle:
+                running -= 1
+                idle.notify_all()
+
     pool = ThreadPoolExecutor(min(threads, len(tasks)), "ckpt-load")
+    futures: list[Future[None]] = []
     try:
-        futures.extend(pool.submit(task) for task in tasks)
+        futures.extend(pool.submit(guarded, task) for task in tasks)
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:
-        # Also on KeyboardInterrupt: whoever frees memory or closes files next must find no thread at work.
+        with idle:
+            stopped = True
         pool.shutdown(wait=True, cancel_futures=True)
-    errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
-    for error in errors:
-        # Their frames hold views, which would keep the arena's memory as long as someone keeps the error.
-        traceback.clear_frames(error.__traceback__)
-    if errors:
-        raise errors[0]
+        # A KeyboardInterrupt inside submit() may leave a thread that the pool does not know of.
+        with idle:
+            idle.wait_for(lambda: running == 0)
+    errors = (future.exception() for future in futures if not future.cancelled())
+    first = next((error for error in errors if error is not None), None)
+    if first is not None:
+        raise first

@@ -14,11 +14,12 @@ import json
 import logging
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn, TypeGuard
 
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError
 from ckpt_engine.metadata import DTYPE_NBYTES
@@ -47,7 +48,8 @@ DTYPES: dict[str, str] = {
 }
 """safetensors' dtype -> torch's name."""
 
-_KNOWN_UNSUPPORTED = frozenset({"F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
+# A tuple: `in` must also take a dtype that is a list. F4 and F6 are smaller than a byte.
+_KNOWN_UNSUPPORTED = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 _LENGTH_NBYTES = 8
 _MAX_INT = 2**63 - 1  # sizes and offsets beyond this do not fit torch's integers
 
@@ -79,7 +81,7 @@ class SafetensorsHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
-    """Reads and checks the header of one file; an empty `__metadata__` or a full one is skipped alike.
+    """Reads and checks the header of one file; its `__metadata__` is skipped.
 
     Raises:
         CheckpointError: there is no such file, it is not a regular file, or it may not be read.
@@ -133,6 +135,8 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     Raises:
         CheckpointError: as of `read_header`; a failing read inside the block is reported alike.
     """
+    if "\0" in str(path):
+        raise CheckpointError(f"{str(path)!r} is not a path: it has a null character")
     try:
         # Before opening: to open a FIFO would wait for its writer.
         mode = path.stat().st_mode
@@ -160,12 +164,11 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
         if len(fields) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise CheckpointFormatError(f"{what}: key {twice!r} is there twice")
         return fields
 
-    def no_constant(name: str) -> Any:
+    def no_constant(name: str) -> NoReturn:
         raise CheckpointFormatError(f"{what}: {name} is not JSON")
 
     try:
@@ -190,7 +193,7 @@ def _read_exactly(file: BinaryIO, nbytes: int, path: Path) -> bytes:
     return b"".join(parts)
 
 
-def _entry(path: Path, name: str, value: Any, data_begin: int, file_nbytes: int) -> HeaderEntry:
+def _entry(path: Path, name: str, value: object, data_begin: int, file_nbytes: int) -> HeaderEntry:
     """Checks one `name -> {...}` of the header by itself."""
 
     def lie(problem: str) -> CheckpointFormatError:
@@ -208,10 +211,11 @@ def _entry(path: Path, name: str, value: Any, data_begin: int, file_nbytes: int)
     if missing:
         raise lie(f"its entry lacks {', '.join(missing)}")
 
-    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    claimed = value["dtype"]
+    dtype = DTYPES.get(claimed) if isinstance(claimed, str) else None
     if dtype is None:
-        kind = "is not supported" if value["dtype"] in _KNOWN_UNSUPPORTED else "is unknown"
-        raise lie(f"dtype {value['dtype']!r} {kind}; supported are {', '.join(DTYPES)}")
+        kind = "not supported" if claimed in _KNOWN_UNSUPPORTED else "unknown"
+        raise lie(f"dtype {claimed!r} is {kind}; supported are {', '.join(DTYPES)}")
     shape, offsets = value["shape"], value["data_offsets"]
     if not _are_sizes(shape):
         raise lie(f"shape {shape!r} is not a list of integers from 0 up")
@@ -239,7 +243,7 @@ def _entry(path: Path, name: str, value: Any, data_begin: int, file_nbytes: int)
     return HeaderEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     # type(), not isinstance: JSON's true is an int to Python.
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 

@@ -99,7 +99,7 @@ class EmbeddedEngine:
         from ckpt_engine.ipc.receiver import serve_update
 
         with self._lock:
-            status = serve_update(self._zmq_ctx, zmq_handles, self.device_uuid, run=self._reload)
+            status = serve_update(self._zmq_ctx, zmq_handles, self.device_uuid, None, run=self._reload)
             if status["outcome"] == "committed":
                 self._state, self._version = "committed", status.get("version")
             return status

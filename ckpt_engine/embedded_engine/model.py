@@ -28,7 +28,7 @@ except ImportError as error:
 
 Size = Literal["tiny", "small"]
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "vocab_size": 256,
         "hidden_size": 64,
@@ -80,7 +80,8 @@ def load_from_disk(directory: Path | str) -> PreTrainedModel:
     options: dict[str, Any] = {keyword: "auto", "local_files_only": True}
     with _no_progress_bars():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, **options)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 @torch.no_grad()
@@ -146,16 +147,17 @@ def file_digests(directory: Path | str) -> tuple[dict[str, str], int]:
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256, in hex, of the tensor's bytes in row-major order."""
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(flat.numpy()).hexdigest()
+    return hashlib.sha256(flat.numpy().data).hexdigest()
 
 
 def _build(config: Any, seed: int) -> PreTrainedModel:  # noqa: ANN401 - transformers' configs share no useful type
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_draw(name, parameter, generator))
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -176,9 +178,9 @@ def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> tor
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if enabled:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -44,7 +44,7 @@ SHUTDOWN_SECONDS = 5
 """How long SIGTERM waits for requests that are being answered."""
 
 
-class RpcRequest(BaseModel):
+class RpcRequest(BaseModel):  # type: ignore[no-redef]  # pydantic's plugin: its own **kwargs
     method: str
     args: list[Any] = []
     kwargs: dict[str, Any] = {}

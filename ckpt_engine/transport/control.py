@@ -76,6 +76,7 @@ class Control:
         self.world_size = world_size
         self._round = 0
         self._last: Round | None = None
+        self.past: list[Round] = []  # rounds whose values are still on the store
         timeout = timedelta(seconds=max(1.0, deadline.remaining))
         try:
             if rank == 0:
@@ -111,7 +112,9 @@ class Control:
         """
         self._round += 1
         if self._last is not None:
-            self._last.forget()
+            self._last.join_watcher()
+            if self.rank == 0:
+                self.past.append(self._last)
         self._last = Round(self, self._round, self.store, self._watch_store)
         return self._last
 
@@ -183,6 +186,10 @@ class Round:
             if missing:
                 time.sleep(pause)
                 pause = min(0.02, pause * 2)
+        # Every rank has come this far, so none still reads the rounds before.
+        for past in self._control.past:
+            past.forget()
+        self._control.past.clear()
         blobs = [zlib.decompress(self._take(f"x/{rank}")) for rank in range(self._control.world_size)]
         self._put("all", zlib.compress(_pack(blobs), 1))
 
@@ -273,12 +280,10 @@ class Round:
             os.close(self._wake_write)
 
     def forget(self) -> None:
-        """Removes what this rank brought (the verdict stays: a late rank must find it)."""
-        self.join_watcher()
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            self._delete(f"x/{self._control.rank}")
-            if self._control.rank == 0:
-                self._delete("all")
+        """Removes what ranks brought (the verdict stays: a late rank must find it). For rank 0."""
+        for rank in range(self._control.world_size):
+            self._delete(f"x/{rank}")
+        self._delete("all")
 
     # Values of any size
 
@@ -295,6 +300,7 @@ class Round:
 
     def _delete(self, name: str) -> None:
         if self._store.check([f"{self.prefix}{name}"]):
+            # The name itself stays: nobody may wait in vain for it.
             for number in range(int(self._store.get(f"{self.prefix}{name}"))):
                 self._store.delete_key(f"{self.prefix}{name}#{number}")
 

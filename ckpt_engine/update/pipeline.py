@@ -8,7 +8,8 @@ it waits, it stages the buckets it owns ahead of the others, so that all owners'
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -103,11 +104,9 @@ class Pipeline:
             UpdateError: with the bucket that was at work.
         """
         for item in self._plan.buckets:
-            try:
+            with _at_work_on(item):
                 self._wait_for_slots(item)
                 self._deliver(item)
-            except UpdateError as error:
-                raise _at_bucket(error, item) from error
             self._channel.announce(item.index)
         last = len(self._plan.buckets) - 1
         self._wait_for_worker(last)
@@ -133,7 +132,8 @@ class Pipeline:
                     f"the worker (pid {self._channel.worker_pid}) has not given back bucket {stuck.index}: "
                     "it is stopped, or stuck in the engine's own code (then the engine needs a restart)"
                 )
-                raise _at_bucket(UpdateTimeout(_timeout(message)), stuck)
+                with _at_work_on(stuck):
+                    raise UpdateTimeout(_timeout(message))
 
     def _wait(self, done: Callable[[], bool], what: str, buckets: list[int]) -> None:
         if not self._turn_until(done, self._deadline):
@@ -168,12 +168,8 @@ class Pipeline:
         """Copies the buckets this rank owns into its ring, as far as there are free slots."""
         while self._own and self._free(self._own[0]):
             item = self._own.popleft()
-            try:
+            with _at_work_on(item):
                 self._stage(item)
-            except UpdateError as error:
-                raise _at_bucket(error, item) from error
-            except Exception as error:
-                raise _at_bucket(UpdateError(ErrorRecord.from_exception(error)), item) from error
 
     def _stage(self, item: PlannedBucket) -> None:
         assert self._checkpoint is not None
@@ -226,10 +222,16 @@ def _timeout(message: str) -> ErrorRecord:
     return ErrorRecord(error_type="UpdateTimeout", message=message)
 
 
-def _at_bucket(error: UpdateError, item: PlannedBucket) -> UpdateError:
-    """The error with the bucket's name, unless it has a stage or a bucket of its own."""
-    record = error.record
-    if record.stage or record.bucket is not None:
-        return error
-    named = replace(record, stage="buckets", bucket=item.index, tensors=item.names())
-    return type(error)(named, touched=error.touched)
+@contextmanager
+def _at_work_on(item: PlannedBucket) -> Iterator[None]:
+    """Adds the bucket's name to an error that has no stage or bucket of its own."""
+    try:
+        yield
+    except UpdateError as error:
+        if error.record.stage or error.record.bucket is not None:
+            raise
+        record = replace(error.record, stage="buckets", bucket=item.index, tensors=item.names())
+        raise type(error)(record, touched=error.touched) from error
+    except Exception as error:
+        record = ErrorRecord.from_exception(error, stage="buckets", bucket=item.index, tensors=item.names())
+        raise UpdateError(record) from error

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -329,6 +330,7 @@ class UpdateSession:
             raise OutcomeUnknown(unknown.record, touched=touched) from error
         if verdict.record is None:
             return verdict
+        _clear_frames(error)
         self.me.drop_groups()
         self._tell_worker(verdict.record)
         # A caller's own mistake on this rank, and an interrupt, stay what they are.
@@ -363,6 +365,14 @@ class UpdateSession:
             self._links.close()
         if self._ring is not None:
             self._ring.close()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drops the locals of the frames that the error's traceback keeps: they hold views of the ring, whose
+    memory would otherwise stay until the garbage collector finds the cycle."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _check_agreement(rank: int, ranks: Sequence[_Introduction]) -> None:

@@ -1,5 +1,6 @@
-"""The place of NPU identity and the worker extension for vllm-ascend. Not in this version: this package holds no code yet.
+"""The place of the NPU's identity and the worker extension for vllm-ascend.
 
-An engine's worker can receive updates without it, by calling `ckpt_engine.ipc.receiver.serve_update`
-from a method that the engine can be asked to run. `ckpt_engine.embedded_engine.engine` does just that.
+Not in this version: there is no code here yet. Until there is, an engine's worker can receive updates
+by calling `ckpt_engine.ipc.receiver.serve_update` from a method that the engine can be asked to run;
+`ckpt_engine.embedded_engine.engine` does just that.
 """

@@ -1,0 +1,273 @@
+"""`ckpt-engine update`: one rank of an update, from files to the engine's workers.
+
+Started once per rank by `torchrun`; alone it is a world of one. Rank 0 tells what happens on stdout,
+the others only their errors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ckpt_engine.cli import Verbose, format_nbytes
+from ckpt_engine.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ckpt_engine.update.request import SocketPaths
+    from ckpt_engine.update.session import Progress, UpdateReport
+
+DEFAULT_ENDPOINT = "http://localhost:19730"
+_PLAIN_PROGRESS_SECONDS = 5.0
+
+
+class UpdateMethod(str, Enum):
+    """How the weights travel."""
+
+    BROADCAST = "broadcast"
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceGroup:
+    """Ranks [first, first + size), whose devices run one engine, and where that engine listens."""
+
+    first: int
+    size: int
+    endpoint: str
+    uds: str | None
+
+    def part(self, socket_paths: SocketPaths) -> SocketPaths:
+        """This group's handles, out of those of all ranks."""
+        return socket_paths[self.first : self.first + self.size]
+
+
+def inference_group(
+    rank: int, world_size: int, *, size: int | None, endpoints: Sequence[str], uds: str | None
+) -> InferenceGroup:
+    """The inference group of `rank`.
+
+    Args:
+        size: ranks of a group; None: all of them are one group.
+        endpoints: one for all groups, or one for each.
+        uds: path of the engine's Unix socket, in which `{group}` stands for the group's number.
+    """
+    size = size or world_size
+    if world_size % size:
+        raise typer.BadParameter(
+            f"{size} does not divide the world size, {world_size}", param_hint="--inference-parallel-size"
+        )
+    groups, group = world_size // size, rank // size
+    if len(endpoints) not in (1, groups):
+        raise typer.BadParameter(
+            f"{len(endpoints)} endpoints for {groups} inference groups ({world_size} ranks, {size} each): "
+            "give one, or one per group",
+            param_hint="--endpoint",
+        )
+    return InferenceGroup(
+        first=group * size,
+        size=size,
+        endpoint=endpoints[group if len(endpoints) > 1 else 0].rstrip("/"),
+        uds=uds.replace("{group}", str(group)) if uds else None,
+    )
+
+
+@dataclass
+class Stages:
+    """Times the stages; `shown`: tells each one's duration when it is done."""
+
+    shown: bool
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - began
+        self.say(f"{name} {self.seconds[name]:.2f} s")
+
+    def say(self, text: str) -> None:
+        if self.shown:
+            typer.echo(text)
+
+
+def _positive(seconds: float) -> float:
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise typer.BadParameter(f"{seconds} is not a finite number of seconds above 0")
+    return seconds
+
+
+def _not_negative(seconds: float) -> float:
+    return seconds if seconds == 0 else _positive(seconds)
+
+
+def update(
+    checkpoint_path: Annotated[
+        Path, typer.Option(help="A .safetensors file, or a directory of them with or without an index.")
+    ],
+    checkpoint_name: Annotated[str, typer.Option(help="Its name.")] = "my-checkpoint-iter-0",
+    update_method: Annotated[
+        UpdateMethod, typer.Option(help="How the weights travel.")
+    ] = UpdateMethod.BROADCAST,
+    endpoint: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="URL of the engine. Once: for all inference groups; repeated: one per group, in order.",
+            show_default=DEFAULT_ENDPOINT,
+        ),
+    ] = None,
+    inference_parallel_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ranks per inference group, i.e. per engine.", show_default="world size"),
+    ] = None,
+    uds: Annotated[
+        str | None,
+        typer.Option(help="Reach the engine on this Unix socket; {group} stands for the group's number."),
+    ] = None,
+    sleep_time: Annotated[
+        float,
+        typer.Option(
+            callback=_not_negative,
+            help="Seconds to stay after the update, so that others may use these parameter servers.",
+        ),
+    ] = 0.0,
+    save_metas_file: Annotated[
+        Path | None, typer.Option(help="Write what every rank holds to this file, as JSON (rank 0).")
+    ] = None,
+    report_file: Annotated[
+        Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(callback=_positive, help="Seconds that the update may take.")
+    ] = 600.0,
+    health_timeout: Annotated[
+        float, typer.Option(callback=_positive, help="Seconds to wait for the engine's /health.")
+    ] = 600.0,
+    verbose: Verbose = False,
+) -> None:
+    """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
+    from ckpt_engine.checkpoint import split_checkpoint
+    from ckpt_engine.metadata import metas_to_json
+    from ckpt_engine.parameter_server import ParameterServer
+    from ckpt_engine.server.engine_client import request_inference_to_update, wait_until_healthy
+
+    with ParameterServer() as ps:
+        leads = ps.rank == 0
+        group = inference_group(
+            ps.rank,
+            ps.world_size,
+            size=inference_parallel_size,
+            endpoints=endpoint or [DEFAULT_ENDPOINT],
+            uds=uds,
+        )
+        if leads:
+            _check_can_be_written(save_metas_file, "--save-metas-file")
+            _check_can_be_written(report_file, "--report-file")
+        stages = Stages(shown=leads)
+        asks = ps.rank == group.first
+
+        def ask_engine(socket_paths: SocketPaths) -> None:
+            if asks:
+                request_inference_to_update(
+                    f"{group.endpoint}/collective_rpc",
+                    group.part(socket_paths),
+                    _request_timeout(timeout),
+                    group.uds,
+                )
+
+        with stages.stage("register"):
+            share = split_checkpoint(checkpoint_path, ps.rank, ps.world_size)
+            ps.register_checkpoint(checkpoint_name, files=share)
+        if asks:
+            with stages.stage("health"):
+                wait_until_healthy(group.endpoint, health_timeout, group.uds)
+        with stages.stage("gather"):
+            # Ranks that ask no engine are here first, and wait for those that wait for theirs.
+            ps.gather_metas(checkpoint_name, timeout=timeout + health_timeout)
+        if leads and save_metas_file is not None:
+            _write(save_metas_file, metas_to_json(ps.get_metas()))
+        with stages.stage("update"), _progress(shown=leads) as on_progress:
+            report = ps.update(checkpoint_name, ask_engine, timeout=timeout, on_progress=on_progress)
+        stages.say(
+            f"{checkpoint_name} is in place as version {report.version}: {report.tensors} tensors, "
+            f"{format_nbytes(report.nbytes)}, {format_nbytes(report.nbytes / report.seconds)}/s"
+        )
+        if leads and report_file is not None:
+            document = _report(report, stages, ps.world_size, update_method)
+            _write(report_file, json.dumps(document, indent=2).encode() + b"\n")
+        if sleep_time:
+            stages.say(f"staying for {sleep_time:g} s")
+            time.sleep(sleep_time)
+
+
+def _request_timeout(timeout: float) -> float:
+    """Seconds for the engine's RPC: deadlines nest, and the HTTP client waits up to 10 s longer than it."""
+    return timeout - min(20.0, timeout / 4)
+
+
+def _report(report: UpdateReport, stages: Stages, world_size: int, method: UpdateMethod) -> dict[str, Any]:
+    return {
+        "checkpoint": report.checkpoint,
+        "version": report.version,
+        "update_method": method.value,
+        "world_size": world_size,
+        "tensors": report.tensors,
+        "bytes": report.nbytes,
+        "buckets": report.buckets,
+        "ring_bytes": report.ring_nbytes,
+        "update_seconds": report.seconds,
+        "stages": stages.seconds,
+        "update_stages": report.stages,
+    }
+
+
+@contextmanager
+def _progress(*, shown: bool) -> Iterator[Progress | None]:
+    """What to call with the bytes that have arrived: a bar on a terminal, else a line every 5 s (stderr)."""
+    if not shown:
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_progress()
+        return
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("update", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_progress() -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= _PLAIN_PROGRESS_SECONDS:
+            told = now
+            typer.echo(f"update: {format_nbytes(done)} of {format_nbytes(total)}", err=True)
+
+    return tell
+
+
+def _check_can_be_written(path: Path | None, option: str) -> None:
+    """Before the work, not after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{path}: give a file in a directory that exists", param_hint=option)
+
+
+def _write(path: Path, text: bytes) -> None:
+    try:
+        path.write_bytes(text)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error

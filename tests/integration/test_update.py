@@ -1,0 +1,143 @@
+"""Updates through real ranks, workers, sockets and files, in worlds of 1, 2 and 4 ranks and on 2 hosts."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.integration.conftest import World
+
+AN_ERROR_IS_PROMPT_SECONDS = 20.0
+"""Far below the update's timeout (60 s) and every deadline; far above what a loaded machine needs."""
+
+
+def weights(world: World, scenario: str) -> list[dict[str, str]]:
+    return [entry["worker"]["digests"] for entry in world.results(scenario)]
+
+
+def test_every_worker_holds_the_files_bits(world: World) -> None:
+    for entry in world.results("first"):
+        assert entry["error"] is None
+        assert entry["buckets"] > 3, "the checkpoint must not fit the ring at once"
+        assert entry["worker"]["digests"] == world.first
+
+
+def test_updates_follow_one_another_with_changed_weights(world: World) -> None:
+    assert weights(world, "second") == [world.second] * world.size
+    assert weights(world, "back") == [world.first] * world.size
+    assert world.first != world.second
+
+
+def test_versions_grow_and_are_the_same_on_every_rank_and_worker(world: World) -> None:
+    seen = []
+    for scenario in ("first", "second", "back"):
+        versions = {entry["version"] for entry in world.results(scenario)}
+        versions |= {entry["worker"]["status"]["version"] for entry in world.results(scenario)}
+        assert len(versions) == 1
+        seen.append(int(versions.pop()))
+    assert seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize(
+    ("scenario", "stage"),
+    [
+        ("raise in first bucket", "buckets"),
+        ("raise in middle bucket", "buckets"),
+        ("raise in last bucket", "buckets"),
+        ("raise in post_hook", "post_hook"),
+        ("missing handle", "handshake"),
+    ],
+)
+def test_a_workers_error_reaches_every_rank(world: World, scenario: str, stage: str) -> None:
+    entries = world.results(scenario)
+    first = entries[0]
+    for entry in entries:
+        assert entry["error"] == "UpdateError"
+        assert entry["record"] == first["record"], "every rank must report the same cause"
+        assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
+        assert entry["worker"]["status"]["outcome"] == "failed", "every worker must have left its loop"
+    assert first["record"]["stage"] == stage
+    if stage != "handshake":
+        assert first["record"]["rank"] == world.size - 1
+        assert "injected in" in first["message"]
+        assert "tests/support/worker.py" in first["record"]["traceback"]
+    else:
+        assert "CPU-nowhere-0" in first["message"]
+    if stage == "buckets":
+        expected = {"first": 0, "middle": 2, "last": world.results("first")[0]["buckets"] - 1}
+        assert first["record"]["bucket"] == expected[scenario.split()[2]]
+        assert set(first["record"]["tensors"]) <= world.second.keys()
+        assert first["record"]["tensors"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        ("req_func raises", "ValueError: req_func gave up"),
+        ("engine refuses", "EngineRequestError"),
+        ("engine answers 500", "the engine is unwell"),
+    ],
+)
+def test_a_failed_request_reaches_every_rank(world: World, scenario: str, text: str) -> None:
+    entries = world.results(scenario)
+    for entry in entries:
+        assert entry["error"] == "UpdateError"
+        assert entry["record"] == entries[0]["record"]
+        assert entry["record"]["stage"] == "request"
+        assert entry["record"]["rank"] == world.size - 1
+        assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
+        assert text in entry["message"]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "second"),
+    [
+        ("after raise in first bucket", False),
+        ("after raise in middle bucket", True),
+        ("after raise in last bucket", False),
+        ("after raise in post_hook", True),
+        ("after engine errors", False),
+    ],
+)
+def test_the_next_update_works(world: World, scenario: str, second: bool) -> None:
+    assert [entry["error"] for entry in world.results(scenario)] == [None] * world.size
+    assert weights(world, scenario) == [world.second if second else world.first] * world.size
+
+
+@pytest.mark.parametrize(
+    ("scenario", "text"),
+    [
+        ("update before gather", "neither registered nor gathered"),
+        ("registered, not gathered", "call gather_metas first"),
+        ("gather unknown", "'nobody'"),
+        ("unregistered", "neither registered nor gathered"),
+        ("not gathered again", "call gather_metas first"),
+    ],
+)
+def test_a_callers_mistake_is_named(world: World, scenario: str, text: str) -> None:
+    for entry in world.results(scenario):
+        assert entry["error"] == "UnknownCheckpointError"
+        assert text in entry["message"]
+        assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
+
+
+def test_tensors_of_every_rank_reach_every_worker(world: World) -> None:
+    expected = world.ranks[0]["expected"]
+    for held in weights(world, "tensors"):
+        assert expected.items() <= held.items()
+
+
+def test_nothing_is_left_behind(world: World) -> None:
+    assert list(world.socket_dir.iterdir()) == [], "socket directories must go with their owners"
+    for rank in world.ranks:
+        for scenario, entry in rank.items():
+            if scenario == "expected":
+                continue
+            assert entry["threads"] == ["MainThread"], scenario
+            assert entry["sockets"] in ([], ["lock"]), scenario
+        # Process-wide: the groups, the store and a round's pipe may come and go; a leak would add up.
+        assert rank["tensors"]["fds"] <= rank["first"]["fds"] + 8
+        workers = [rank[scenario]["worker"] for scenario in ("first", "after engine errors")]
+        assert workers[1]["fds"] <= workers[0]["fds"]
+    assert not [name for name in os.listdir("/dev/shm") if "ckpt" in name]

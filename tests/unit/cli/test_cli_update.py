@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from engine_for_cli_tests import Engine
+
+from ckpt_engine.cli import update as update_module
+from ckpt_engine.cli.update import InferenceGroup, inference_group
+from ckpt_engine.metadata import metas_from_json
+
+Cli = Callable[..., Any]
+
+
+def test_an_engine_gets_the_checkpoint(cli: Cli, checkpoint: Path, engine: Engine, tmp_path: Path) -> None:
+    metas_file, report_file = tmp_path / "metas.json", tmp_path / "report.json"
+    done = cli(
+        *("update", "--checkpoint-path", checkpoint, "--checkpoint-name", "step-1"),
+        *("--update-method", "broadcast", "--endpoint", engine.url + "/", "--sleep-time", 0.1),
+        *("--save-metas-file", metas_file, "--report-file", report_file, "--timeout", 60),
+    )
+    assert done.exit_code == 0, done.output
+    assert torch.equal(engine.weights["a.weight"], torch.arange(2048, dtype=torch.float32))
+    assert sorted(engine.weights) == ["a.bias", "a.weight", "b.weight", "b[red]"]
+    assert engine.requests[0]["path"] == "/collective_rpc"
+    assert engine.requests[0]["timeout"] < 60
+
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["register", "health", "gather", "update"]
+    assert lines[4].startswith("step-1 is in place as version ")
+    assert lines[5] == "staying for 0.1 s"
+    assert not done.stderr
+
+    assert metas_from_json(metas_file.read_text())[0].tensor_count == 4
+    report = json.loads(report_file.read_text())
+    assert (report["tensors"], report["bytes"], report["world_size"]) == (4, 10496, 1)
+    assert report["checkpoint"] == "step-1"
+    assert report["version"]
+    assert report["update_seconds"] > 0
+    assert list(report["stages"]) == ["register", "health", "gather", "update"]
+    assert "buckets" in report["update_stages"]
+
+
+def test_a_worker_s_failure(cli: Cli, checkpoint: Path, engine: Engine, tmp_path: Path) -> None:
+    engine.fail = True
+    args = ("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url)
+    done = cli(*args, "--report-file", tmp_path / "report.json")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: rank 0 (host here, device CPU-here-0), stage ")
+    assert "the engine cannot take it" in done.stderr
+    assert "traceback where it happened" not in done.stderr
+    assert not (tmp_path / "report.json").exists()
+    assert "traceback where it happened" in cli(*args, "--verbose").stderr
+
+
+def test_an_engine_that_is_not_there(cli: Cli, checkpoint: Path) -> None:
+    done = cli(
+        *("update", "--checkpoint-path", checkpoint, "--endpoint", "http://127.0.0.1:1"),
+        *("--health-timeout", 0.2),
+    )
+    assert done.exit_code == 1
+    assert "http://127.0.0.1:1/health" in done.stderr
+    assert done.stdout.startswith("register ")
+
+
+def test_a_missing_checkpoint(cli: Cli, tmp_path: Path) -> None:
+    done = cli("update", "--checkpoint-path", tmp_path / "none")
+    assert (done.exit_code, done.stderr) == (1, f"error: {tmp_path / 'none'} does not exist\n")
+
+
+def test_a_lying_file(cli: Cli, lying_file: Path) -> None:
+    done = cli("update", "--checkpoint-path", lying_file)
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"error: {lying_file}: tensor 'w': ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--inference-parallel-size", 2), "--inference-parallel-size: 2 does not divide the world size, 1"),
+        (("--endpoint", "http://a", "--endpoint", "http://b"), "2 endpoints for 1 inference groups"),
+        (("--update-method", "p2p"), "--update-method"),
+        (("--timeout", "0"), "--timeout"),
+        (("--health-timeout", "inf"), "--health-timeout"),
+        (("--sleep-time", "-1"), "--sleep-time"),
+        (("--report-file", "/nowhere/report.json"), "--report-file"),
+    ],
+)
+def test_bad_usage(cli: Cli, checkpoint: Path, options: tuple[object, ...], named: str) -> None:
+    done = cli("update", "--checkpoint-path", checkpoint, *options)
+    assert done.exit_code == 2
+    # typer quotes the option's name
+    assert named in done.stderr.replace("'", "")
+
+
+def _start_ranks(checkpoint: Path, *args: str) -> list[subprocess.Popen[str]]:
+    """Two ranks, as torchrun starts them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        store_port = probe.getsockname()[1]  # the ranks use MASTER_PORT + 1
+    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    return [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "ckpt_engine.cli.main", "update", "--checkpoint-path", checkpoint),
+                *("--inference-parallel-size", "1", "--timeout", "60", *args),
+            ],
+            env=os.environ | launched | {"RANK": str(rank), "MASTER_PORT": str(store_port - 1)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_two_ranks_with_an_engine_each(checkpoint: Path, engine: Engine) -> None:
+    other = Engine("CPU-here-1")
+    try:
+        ranks = _start_ranks(checkpoint, "--endpoint", engine.url, "--endpoint", other.url)
+        (out, err), (other_out, other_err) = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        other.close()
+    assert [rank.returncode for rank in ranks] == [0, 0], err + other_err
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["register", "health", "gather", "update"]
+    assert not other_out
+    for each, uuid in ((engine, "CPU-here-0"), (other, "CPU-here-1")):
+        assert len(each.weights) == 4
+        # Its own group's handles, and no others.
+        assert [[device for device, _ in request["args"][0]] for request in each.requests] == [[uuid]]
+
+
+def test_a_failure_on_one_rank_fails_both(checkpoint: Path, engine: Engine) -> None:
+    other = Engine("CPU-here-1")
+    other.fail = True
+    try:
+        ranks = _start_ranks(checkpoint, "--endpoint", engine.url, "--endpoint", other.url)
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        other.close()
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    for rank, text in enumerate(errors):
+        assert text.startswith(f"[rank {rank}] error: rank 1 (host here, device CPU-here-1)"), text
+        assert "the engine cannot take it" in text
+
+
+def test_groups() -> None:
+    defaults: dict[str, Any] = {"size": 2, "endpoints": ["http://e/"], "uds": None}
+
+    def group_of(rank: int, **options: object) -> InferenceGroup:
+        return inference_group(rank, 4, **(defaults | options))
+
+    assert group_of(3) == InferenceGroup(first=2, size=2, endpoint="http://e", uds=None)
+    assert group_of(3, size=None) == InferenceGroup(first=0, size=4, endpoint="http://e", uds=None)
+    assert [group_of(rank, endpoints=["a", "b"]).endpoint for rank in range(4)] == ["a", "a", "b", "b"]
+    assert group_of(2, uds="/run/{group}.sock").uds == "/run/1.sock"
+    assert group_of(2).part([(str(rank), "") for rank in range(4)]) == [("2", ""), ("3", "")]
+
+
+@pytest.mark.parametrize("options", [{"size": 3}, {"size": 8}, {"endpoints": ["a", "b", "c"]}])
+def test_groups_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(typer.BadParameter):
+        inference_group(0, 4, **({"size": 2, "endpoints": ["a"], "uds": None} | options))
+
+
+@pytest.mark.parametrize("timeout", [5.0, 60.0, 600.0, 7200.0])
+def test_the_http_request_ends_before_the_update(timeout: float) -> None:
+    asked = update_module._request_timeout(timeout)
+    assert asked > 0
+    slack = min(10.0, max(1.0, 0.05 * asked))  # of request_inference_to_update
+    assert asked + slack < timeout
+
+
+def test_plain_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = 100.0
+    monkeypatch.setattr(update_module.time, "monotonic", lambda: now)
+    tell = update_module._plain_progress()
+    tell(1024, 4096)
+    now = 106.0
+    tell(2048, 4096)
+    tell(3072, 4096)
+    assert capsys.readouterr().err == "update: 2.00 KiB of 4.00 KiB\n"
