@@ -45,9 +45,9 @@ def demo(
     keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's files.")] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Update a real engine on this machine's CPU.
+    """Update two small engines on this machine's CPU.
 
-    Then check that it generates with the new weights.
+    Then check that they hold and generate with the new weights.
     """
     from ckpt_engine.cli.demo import run_demo
 

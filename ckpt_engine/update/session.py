@@ -140,6 +140,7 @@ class UpdateSession:
         finally:
             round_.leave()
             self._close()
+            round_.join_watcher()
         return UpdateReport(
             checkpoint=self.checkpoint_name,
             version=str(verdict.version),

@@ -139,5 +139,6 @@ def test_nothing_is_left_behind(world: World) -> None:
         # Process-wide: the groups, the store and a round's pipe may come and go; a leak would add up.
         assert rank["tensors"]["fds"] <= rank["first"]["fds"] + 8
         workers = [rank[scenario]["worker"] for scenario in ("first", "after engine errors")]
-        assert workers[1]["fds"] <= workers[0]["fds"]
+        # ZeroMQ closes in its own thread: one connection may linger, but not one for each of 15 updates.
+        assert workers[1]["fds"] <= workers[0]["fds"] + 4
     assert not [name for name in os.listdir("/dev/shm") if "ckpt" in name]
