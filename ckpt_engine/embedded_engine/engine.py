@@ -15,7 +15,6 @@ from ckpt_engine.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     import torch
-    import zmq
 
 
 class UnknownMethod(CkptEngineError):
@@ -96,10 +95,12 @@ class EmbeddedEngine:
         Returns:
             The worker's status (ipc.receiver).
         """
-        from ckpt_engine.ipc.receiver import serve_update
+        import zmq
 
-        with self._lock:
-            status = serve_update(self._zmq_ctx, zmq_handles, self.device_uuid, None, run=self._reload)
+        from ckpt_engine.ipc import receiver
+
+        with self._lock, zmq.Context() as context:
+            status = receiver.serve_update(context, zmq_handles, self.device_uuid, None, run=self._reload)
             if status["outcome"] == "committed":
                 self._state, self._version = "committed", status.get("version")
             return status
@@ -132,9 +133,3 @@ class EmbeddedEngine:
         # From here to the commit the weights are neither the old ones nor the new ones.
         self._state = "incomplete"
         models.load_weights(self._model, named_tensors)
-
-    @cached_property
-    def _zmq_ctx(self) -> zmq.Context[zmq.Socket[bytes]]:
-        import zmq
-
-        return zmq.Context()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -95,7 +96,7 @@ def call_engine(
         raise ConfigError(f"arguments of {method} are not JSON: {error}") from None
     try:
         status, answer = _exchange("POST", url, deadline, uds, body=body.encode(), limit=MAX_ANSWER_NBYTES)
-    except httpx.TimeoutException as error:
+    except (httpx.TimeoutException, TimeoutError) as error:
         raise EngineRequestError(
             f"{where} did not answer {method} within {deadline:g} s ({_name(error)})"
         ) from None
@@ -154,6 +155,11 @@ def _exchange(
     headers = {"Connection": "close", "Accept": "application/json", "Accept-Encoding": "identity"}
     if body:
         headers["Content-Type"] = "application/json"
+    if uds is not None:
+        # httpcore leaks the Unix socket of a connection that fails (a ResourceWarning, later on).
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(min(timeout, _CONNECT_TIMEOUT))
+            probe.connect(uds)
     limits = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_TIMEOUT))
     # A transport given by hand also switches the environment's proxies off.
     transport = httpx.HTTPTransport(uds=uds)

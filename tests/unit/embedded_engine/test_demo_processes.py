@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,12 @@ def test_descendants_in_sessions_of_their_own_end_too(tmp_path: Path) -> None:
     children = Children(tmp_path, Signals())
     # As under torchrun: a grandchild in another session, deaf to SIGTERM, whose parent just dies.
     grandchild = (
-        "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
     )
     parent = (
         "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {grandchild!r}], start_new_session=True, stdout=-1)\n"
+        f"command = [sys.executable, '-c', {grandchild!r}]\n"
+        "child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE)\n"
         "child.stdout.readline(); print(child.pid, flush=True); time.sleep(60)"
     )
     child = children.start("parent", ["-c", parent])
@@ -106,14 +108,13 @@ def test_digests_that_differ_are_named() -> None:
     ("patch", "message"),
     [
         ("import ckpt_engine.embedded_engine.model as m; m.SIZES['tiny']['hidden_size'] = 'x'", "Error"),
-        ("demo.two_free_ports = lambda: 1", "the update ended with exit status 1"),
+        ("demo.two_free_ports = lambda: 70000", "the update ended with exit status 1"),
     ],
     ids=["before-any-engine", "update-fails"],
 )
 def test_a_failing_demo_says_so_and_leaves_nothing(tmp_path: Path, patch: str, message: str) -> None:
     code = f"import sys; from ckpt_engine.cli import demo\n{patch}\nsys.exit(demo.run_demo(size='tiny'))"
-    # Under a cap on privileged ports or without: port 1 has no parameter server either way.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "MASTER_ADDR": "0.0.0.1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
     )
@@ -122,3 +123,44 @@ def test_a_failing_demo_says_so_and_leaves_nothing(tmp_path: Path, patch: str, m
     assert document["verified"] is False
     assert message in document["error"]
     assert not list(tmp_path.glob("ckpt-engine-demo-*"))
+
+
+def test_the_whole_demo(tmp_path: Path) -> None:
+    code = "import sys; from ckpt_engine.cli import demo; sys.exit(demo.run_demo(size='tiny', keep=True))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert (document["verified"], document["engines"], document["tensors"]) == (True, 2, 20)
+    assert document["update_seconds"] > 0
+    kept = Path(document["directory"])
+    assert document["bytes"] == 205_440 < sum(f.stat().st_size for f in (kept / "checkpoint").iterdir())
+
+
+def test_an_interrupted_demo_ends_its_engines(tmp_path: Path) -> None:
+    code = "import sys; from ckpt_engine.cli import demo; sys.exit(demo.run_demo(size='tiny'))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as running:
+        assert running.stderr is not None
+        while "Starting two engines" not in running.stderr.readline():
+            assert running.poll() is None
+        time.sleep(0.5)
+        running.terminate()
+        output, _ = running.communicate(timeout=60)
+    assert running.returncode == 128 + signal.SIGTERM
+    assert json.loads(output) == {"verified": False, "error": "interrupted by SIGTERM"}
+    assert not list(tmp_path.glob("ckpt-engine-demo-*"))
+    # The engines' command lines name the directory.
+    commands = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            commands.append(entry.read_bytes())
+    assert not [command for command in commands if str(tmp_path).encode() in command]

@@ -122,9 +122,9 @@ def short_dir() -> Iterator[Path]:
         yield Path(directory)
 
 
-def failure(url: str, **options: Any) -> str:
+def failure(url: str, timeout: float = 5.0, uds: str | None = None) -> str:
     with pytest.raises(EngineRequestError) as caught:
-        request_inference_to_update(url, PATHS, **({"timeout": 5.0} | options))
+        request_inference_to_update(url, PATHS, timeout=timeout, uds=uds)
     return str(caught.value)
 
 
@@ -260,7 +260,13 @@ def test_a_refused_connection() -> None:
 
 
 def test_a_missing_unix_socket(short_dir: Path) -> None:
-    assert "could not be asked" in failure("http://localhost/x", uds=str(short_dir / "absent"))
+    assert "FileNotFoundError" in failure("http://localhost/x", uds=str(short_dir / "absent"))
+    stale = short_dir / "stale"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(stale))
+    assert "ConnectionRefusedError" in failure("http://localhost/x", uds=str(stale))
+    with pytest.raises(EngineRequestError, match="ConnectionRefusedError"):
+        wait_until_healthy("http://localhost", 0.3, uds=str(stale))
 
 
 @pytest.mark.parametrize("address", ["engine:8000/collective_rpc", "ftp://127.0.0.1/", "http://[::1", ""])
