@@ -16,6 +16,8 @@
     · OutcomeUnknown           this rank could not learn how the update was decided
   - PublishError             `req_func` failed after the commit: the weights are in place
 
+The embedded engine and the demo derive their own from these.
+
 Source of the rules on what is raised where: docs/architecture.md, "Errors".
 """
 

@@ -30,6 +30,7 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import make_device
 from ckpt_engine.errors import (
     CheckpointError,
+    CheckpointExistsError,
     ConfigError,
     ErrorRecord,
     UnknownCheckpointError,
@@ -37,7 +38,7 @@ from ckpt_engine.errors import (
 from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json, topology
 from ckpt_engine.settings import Settings, load_settings
-from ckpt_engine.transport.control import Control
+from ckpt_engine.transport.control import Control, error_of
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.session import Progress, Rank, UpdateReport, UpdateSession
 
@@ -94,6 +95,7 @@ class ParameterServer:
         self._master_addr, self._master_port = master_addr, master_port
         self._device = make_device(device, self.settings, self.local_rank)
         self._registry = CheckpointRegistry(self.settings.load_threads, self.settings.huge_pages)
+        self._failed: dict[str, ErrorRecord] = {}
         self._gathered: dict[str, tuple[str | None, Metas]] = {}
         self._metas: Metas = {}
         self._topology: dict[str, set[int]] = {}
@@ -126,7 +128,17 @@ class ParameterServer:
         if use_shared_memory_pool or use_inplace_pin_memory:
             option = "use_shared_memory_pool" if use_shared_memory_pool else "use_inplace_pin_memory"
             raise ConfigError(f"{option}=True is not in this version: leave it off")
-        self._registry.register(checkpoint_name, files=files, named_tensors=named_tensors)
+        try:
+            self._registry.register(checkpoint_name, files=files, named_tensors=named_tensors)
+        except CheckpointExistsError:
+            raise
+        except Exception as error:
+            # The other ranks wait for this one in gather_metas: there they get to know.
+            self._failed[checkpoint_name] = ErrorRecord.from_exception(
+                error, rank=self.rank, host=self.settings.host_id, stage="register"
+            )
+            raise
+        self._failed.pop(checkpoint_name, None)
 
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Frees the memory of a checkpoint. An unknown name is only warned about.
@@ -135,7 +147,8 @@ class ParameterServer:
             force: also frees a shared memory pool (this version has none).
         """
         self._gathered.pop(checkpoint_name, None)
-        if not self._registry.unregister(checkpoint_name):
+        failed = self._failed.pop(checkpoint_name, None)
+        if not self._registry.unregister(checkpoint_name) and failed is None:
             logger.warning("checkpoint %r is not registered on rank %d", checkpoint_name, self.rank)
 
     def gather_metas(self, checkpoint_name: str, timeout: Timeout = TEN_MINUTES) -> None:
@@ -144,13 +157,15 @@ class ParameterServer:
         Raises:
             UnknownCheckpointError: no rank holds anything under this name.
             ConfigError: two ranks have the same device UUID.
-            UpdateError: a rank did not come, or failed.
+            UpdateError: a rank did not come, or could not register its share; the same on every rank.
         """
         deadline = _deadline(timeout)
         me = self._rank(deadline)
         held = self._registry.get(checkpoint_name) if checkpoint_name in self._registry.names() else None
         round_ = me.control.open_round()
         try:
+            if checkpoint_name in self._failed:
+                raise error_of(self._failed[checkpoint_name])
             blobs = round_.exchange(
                 f"gather_metas({checkpoint_name!r})",
                 metas_to_json({self.rank: self._metas_of(held)}),

@@ -10,7 +10,7 @@ import socket
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, ValidationError
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ckpt_engine.errors import ConfigError
@@ -22,7 +22,10 @@ GiB = 1024 * MiB
 class Settings(BaseSettings):
     """Read from the environment when made; arguments win over the environment."""
 
-    model_config = SettingsConfigDict(extra="ignore", frozen=True, populate_by_name=True)
+    # Case counts: else SLOT_MIB or DEVICE_UUID, which are not ours, would be read as the fields' names.
+    model_config = SettingsConfigDict(
+        extra="ignore", frozen=True, populate_by_name=True, case_sensitive=True, allow_inf_nan=False
+    )
 
     # The launcher's
     rank: int | None = Field(None, ge=0, validation_alias=AliasChoices("rank", "RANK"))
@@ -77,6 +80,14 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("huge_pages", "CKPT_ENGINE_HUGE_PAGES")
     )
 
+    @field_validator("master_addr", "socket_dir", mode="before")
+    @classmethod
+    def _not_empty(cls, value: object) -> object:
+        # An empty address is every interface of the host, an empty path the working directory.
+        if value == "":
+            raise ValueError("must not be empty: unset it for the default")
+        return value
+
     @property
     def slot_nbytes(self) -> int:
         """Bytes of a slot: the setting, capped by PS_MAX_BUCKET_SIZE_GB."""
@@ -121,7 +132,14 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in item['loc'])}={item.get('input')!r}: {item['msg']}"
+            f"{_variable(str(item['loc'][0]))}={item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
             for item in error.errors()
         )
         raise ConfigError(f"bad environment: {problems}") from None
+
+
+def _variable(field: str) -> str:
+    """The environment variable of a field."""
+    alias = Settings.model_fields[field].validation_alias
+    assert isinstance(alias, AliasChoices)
+    return str(alias.choices[-1])

@@ -6,7 +6,7 @@ registry.get("step-100").view(0, 0, 256)
 registry.unregister("step-100")
 """
 
-from ckpt_engine.checkpoint.arena import HostArena, available_host_memory
+from ckpt_engine.checkpoint.arena import HostArena
 from ckpt_engine.checkpoint.index import FileSelection, checkpoint_files, describe, split_checkpoint
 from ckpt_engine.checkpoint.loader import FileSource, HostCheckpoint, load
 from ckpt_engine.checkpoint.registry import CheckpointRegistry
@@ -20,7 +20,6 @@ __all__ = [
     "HostArena",
     "HostCheckpoint",
     "SafetensorsHeader",
-    "available_host_memory",
     "checkpoint_files",
     "describe",
     "load",

@@ -68,7 +68,7 @@ class HostCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """Where a tensor comes from: an entry of a file, or a tensor of the caller."""
 
     spec: TensorSpec
@@ -101,7 +101,7 @@ def load(
         HostMemoryError: too little host memory.
         After any failure, KeyboardInterrupt included, no memory and no file is held.
     """
-    sources = _collect(files, named_tensors)
+    sources = collect_sources(files, named_tensors)
     packed = pack([source.spec for source in sources.values()], buffer_limit)
     places = {tensor.name: buffer.start + tensor.offset for buffer in packed for tensor in buffer.tensors}
     nbytes = packed[-1].start + packed[-1].nbytes if packed else 0
@@ -125,9 +125,9 @@ def load(
             file.close()
 
 
-def _collect(
+def collect_sources(
     files: Sequence[FileSource] | None, named_tensors: Mapping[str, torch.Tensor] | None
-) -> dict[str, _Source]:
+) -> dict[str, Source]:
     """Reads all headers; tensor name -> its one source."""
     if isinstance(files, (str, bytes, os.PathLike, FileSelection)):
         raise ConfigError(f"files={files!r}: give a list of files")
@@ -135,9 +135,9 @@ def _collect(
         raise ConfigError(
             f"named_tensors is a {type(named_tensors).__name__}: give a mapping of names to tensors"
         )
-    sources: dict[str, _Source] = {}
+    sources: dict[str, Source] = {}
 
-    def add(source: _Source) -> None:
+    def add(source: Source) -> None:
         first = sources.setdefault(source.spec.name, source)
         if first is not source:
             raise CheckpointFormatError(
@@ -147,9 +147,9 @@ def _collect(
     for file in files or ():
         for path, entry in _selected(file):
             spec = TensorSpec(entry.name, entry.dtype, entry.shape, entry.nbytes)
-            add(_Source(spec, path=path, entry=entry))
+            add(Source(spec, path=path, entry=entry))
     for name, tensor in (named_tensors or {}).items():
-        add(_Source(tensor_spec(name, tensor), tensor=tensor))
+        add(Source(tensor_spec(name, tensor), tensor=tensor))
     return sources
 
 
@@ -170,7 +170,7 @@ def _selected(file: FileSource) -> list[tuple[Path, HeaderEntry]]:
 
 def _file_tasks(
     arena: HostArena,
-    sources: Mapping[str, _Source],
+    sources: Mapping[str, Source],
     places: Mapping[str, int],
     shared_files: list[SharedFile],
 ) -> list[Callable[[], None]]:
@@ -190,7 +190,7 @@ def _file_tasks(
 
 
 def _tensor_tasks(
-    arena: HostArena, sources: Mapping[str, _Source], places: Mapping[str, int]
+    arena: HostArena, sources: Mapping[str, Source], places: Mapping[str, int]
 ) -> list[Callable[[], None]]:
     tensors = {name: source.tensor for name, source in sources.items() if source.tensor is not None}
     wait_for_producers(tensors.values())

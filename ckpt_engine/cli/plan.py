@@ -74,13 +74,13 @@ def plan_update(
 def metas_from_headers(path: Path, world_size: int) -> Metas:
     """What every rank would hold after `update` registered its share; only the addresses are not real."""
     from ckpt_engine.checkpoint import split_checkpoint
-    from ckpt_engine.checkpoint.loader import _collect  # with its checks: what it refuses has no plan
+    from ckpt_engine.checkpoint.loader import collect_sources  # with its checks: what it refuses has no plan
     from ckpt_engine.checkpoint.packing import pack
     from ckpt_engine.metadata import HostBufferMeta, RankMetas
 
     metas: Metas = {}
     for rank in range(world_size):
-        sources = _collect(split_checkpoint(path, rank, world_size), None)
+        sources = collect_sources(split_checkpoint(path, rank, world_size), None)
         metas[rank] = RankMetas(
             rank=rank,
             host="",

@@ -12,12 +12,12 @@ import fcntl
 import mmap
 import os
 import warnings
-from pathlib import Path
 
 import torch
 
 from ckpt_engine.devices.handles import SharedMemoryRing
 from ckpt_engine.errors import HostMemoryError, ProtocolError
+from ckpt_engine.host_memory import available_host_memory
 from ckpt_engine.settings import Settings
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -30,14 +30,6 @@ def cpu_uuid(settings: Settings, local_index: int) -> str:
         local_index: the process's own numbering; CKPT_ENGINE_CPU_DEVICES maps it to the host's.
     """
     return settings.device_uuid or f"CPU-{settings.host_id}-{settings.local_cpu_index(local_index)}"
-
-
-def available_host_memory() -> int:
-    """Bytes that can be allocated without swapping (MemAvailable)."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise HostMemoryError("/proc/meminfo has no MemAvailable line: cannot tell how much memory is free")
 
 
 class SharedRing:

@@ -159,6 +159,7 @@ class _Connection:
         self._poller = zmq.Poller()
         self._poller.register(self.zmq, zmq.POLLIN)
         self._poller.register(self.lifeline, zmq.POLLIN)
+        self._descriptors: list[int] = []
         self._descriptors_due = True
 
     def send(self, message: messages.WorkerMessage) -> None:
@@ -170,17 +171,11 @@ class _Connection:
             ready = dict(self._poller.poll(int(deadline.remaining * 1000) + 1))
             if self.zmq in ready:
                 return messages.decode_server_message(self.zmq.recv())
-            if ready and not self._descriptors_due:
+            if ready and not self._read_lifeline():
                 # EOF. What it sent before it went may still be on its way through ZeroMQ.
                 if self.zmq.poll(200):
                     continue
                 raise _lost(f"the parameter server died while this worker waited for {waiting_for}")
-            if ready:
-                # Descriptors precede their Begin; EOF before a Begin is death.
-                if not self.lifeline.recv(1, socket.MSG_PEEK):
-                    self._descriptors_due = False
-                else:
-                    self._poller.unregister(self.lifeline)
             if deadline.passed:
                 record = ErrorRecord(
                     error_type="UpdateTimeout",
@@ -188,18 +183,33 @@ class _Connection:
                 )
                 raise UpdateTimeout(record)
 
+    def _read_lifeline(self) -> bool:
+        """Takes what can be read; False at EOF."""
+        try:
+            data, descriptors, _, _ = socket.recv_fds(self.lifeline, 64, 8)
+        except ConnectionError:  # closed by the other side before it read all of ours
+            return False
+        self._descriptors += descriptors
+        self._descriptors_due = self._descriptors_due and not data
+        return bool(data)
+
     def receive_descriptors(self) -> list[int]:
-        """Descriptors that the parameter server sent ahead of its Begin."""
-        self.lifeline.settimeout(LEAVE_SECONDS)
-        _, descriptors, _, _ = socket.recv_fds(self.lifeline, 1, 8)
-        self._descriptors_due = False
-        if self.lifeline not in dict(self._poller.sockets):
-            self._poller.register(self.lifeline, zmq.POLLIN)
-        return list(descriptors)
+        """The descriptors that the parameter server sent ahead of its Begin; now the caller's to close."""
+        lifeline = zmq.Poller()
+        lifeline.register(self.lifeline, zmq.POLLIN)
+        while self._descriptors_due:
+            if not lifeline.poll(int(LEAVE_SECONDS * 1000)) or not self._read_lifeline():
+                raise _lost("the parameter server announced a ring, but its descriptors did not come")
+        descriptors, self._descriptors = self._descriptors, []
+        return descriptors
 
     def close(self) -> None:
         self.zmq.close()
         self.lifeline.close()
+        # Of a Begin that never came.
+        for fd in self._descriptors:
+            os.close(fd)
+        self._descriptors.clear()
 
 
 class _Receiver:

@@ -57,6 +57,7 @@ class WorkerChannel:
         self.gone = False  # said goodbye, or died
         self._begin: messages.Begin | None = None
         self._ring: Ring | None = None
+        self._abort_frame: bytes | None = None
         self._identity: bytes | None = None
         self._lifelines: list[_Lifeline] = []
         self._zmq = zmq_ctx.socket(zmq.ROUTER)
@@ -91,11 +92,14 @@ class WorkerChannel:
 
     def abort(self, reason: str) -> bool:
         """Tells every connected worker, and waits until they have left. Returns False when one has not."""
-        frame = messages.encode(messages.Abort(reason[: 4 * 1024 * 1024]))
+        self._abort_frame = messages.encode(messages.Abort(reason[: 4 * 1024 * 1024]))
         for lifeline in self._lifelines:
-            if lifeline.identity:
-                self._zmq.send_multipart([lifeline.identity, frame])
+            self._send_abort(lifeline)
         return self.wait_until_gone()
+
+    def _send_abort(self, lifeline: _Lifeline) -> None:
+        if lifeline.identity and self._abort_frame is not None:
+            self._zmq.send_multipart([lifeline.identity, self._abort_frame])
 
     def wait_until_gone(self) -> bool:
         """Waits for the worker's goodbye (or death)."""
@@ -160,7 +164,11 @@ class WorkerChannel:
             data = b""
         if data:
             lifeline.identity += data
-            self._start()
+            if self._abort_frame is not None:
+                # Its hello may have overtaken its lifeline.
+                self._send_abort(lifeline)
+            else:
+                self._start()
             return
         # EOF. Read first what the worker said before it went.
         self._reactor.remove(lifeline.sock.fileno())
@@ -222,7 +230,7 @@ class WorkerChannel:
 
     def _start(self) -> None:
         """Sends Begin once the worker has said hello and its lifeline is there."""
-        if self._begin is None or self._ring is None or self._identity is None:
+        if self._begin is None or self._ring is None or self._identity is None or self._abort_frame:
             return
         lifeline = next((line for line in self._lifelines if line.identity == self._identity), None)
         if lifeline is None:

@@ -8,7 +8,7 @@ place in the sequence, so a rank may use a slot as soon as the buckets it overla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -118,32 +118,29 @@ class UpdatePlan:
 def cut_buckets(held: RankMetas, bucket_nbytes: int) -> Iterator[Bucket]:
     """Cuts what one rank holds into buckets of at most `bucket_nbytes` (a larger tensor stands alone).
 
-    A tensor is never split; the tensors of a bucket are contiguous in their host buffers, so a bucket
-    needs one copy for each host buffer it touches.
+    A tensor is never split, and begins at a multiple of 256 in its bucket. Tensors that are packed like
+    that in their host buffer too need one copy for all of them.
     """
     tensors: list[TensorLayout] = []
     ranges: list[HostRange] = []
     end = 0
     for number, buffer in enumerate(held.buffers):
         for tensor in buffer.tensors:
-            fresh_range = not ranges or ranges[-1].buffer != number
             start = align_up(end)
             if tensors and start + tensor.nbytes > bucket_nbytes:
                 yield Bucket(owner=held.rank, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
-                tensors, ranges, start, fresh_range = [], [], 0, True
-            if fresh_range:
+                tensors, ranges, start = [], [], 0
+            last = ranges[-1] if ranges else None
+            if (
+                last is not None
+                and last.buffer == number
+                and start - last.bucket_offset == tensor.offset - last.offset
+            ):
+                # As far apart in the bucket as in the host buffer: one copy brings both.
+                ranges[-1] = replace(last, nbytes=tensor.offset + tensor.nbytes - last.offset)
+            else:
                 ranges.append(
                     HostRange(buffer=number, offset=tensor.offset, nbytes=tensor.nbytes, bucket_offset=start)
-                )
-            else:
-                first = ranges[-1]
-                # Within a host buffer the gaps are kept, so offsets differ by a constant.
-                start = first.bucket_offset + tensor.offset - first.offset
-                ranges[-1] = HostRange(
-                    buffer=number,
-                    offset=first.offset,
-                    nbytes=tensor.offset + tensor.nbytes - first.offset,
-                    bucket_offset=first.bucket_offset,
                 )
             tensors.append(TensorLayout(tensor.name, tensor.dtype, tensor.shape, start, tensor.nbytes))
             end = start + tensor.nbytes
@@ -188,12 +185,14 @@ def make_plan(
     for rank, held in sorted(metas.items()):
         for buffer in held.buffers:
             for tensor in buffer.tensors:
-                other = owners.setdefault(tensor.name, rank)
-                if other != rank:
+                other = owners.get(tensor.name)
+                if other is not None:
                     raise PlanError(
-                        f"tensor {tensor.name!r} is held by rank {other} and by rank {rank}: "
-                        "register every tensor on one rank only"
+                        f"tensor {tensor.name!r} is held by rank {other} and "
+                        + ("twice" if other == rank else f"by rank {rank}")
+                        + ": register every tensor on one rank only"
                     )
+                owners[tensor.name] = rank
                 largest = max(largest, tensor.nbytes)
                 total += align_up(tensor.nbytes)
     if not owners:

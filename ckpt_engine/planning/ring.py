@@ -48,8 +48,10 @@ def shape_ring(
         slot = budget // count // 256 * 256
         if slot == 0:
             slot, count = largest, 1
-    while slot * count < largest:
-        count += 1
+    count = max(count, -(-largest // slot))
+    if slot * count > budget:
+        # The largest tensor ends inside its last slot: slots that it fills take less.
+        slot = align_up(-(-largest // count))
     if slot * count > budget:
         slot, count = largest, 1
     return RingShape(slot_nbytes=slot, count=count)

@@ -15,6 +15,8 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateTimeout
 
 SLICE = timedelta(milliseconds=20)
+BEYOND_DEADLINE = timedelta(seconds=10)
+"""How much later gloo would end a wait by itself: ours names what was waited for."""
 
 
 class Collectives(Protocol):
@@ -61,6 +63,8 @@ class GlooCollectives:
         options = dist.BroadcastOptions()
         options.rootRank = root
         options.rootTensor = 0
+        # The group outlives the update that made it: its own timeout may be shorter than this deadline.
+        options.timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
         work = self._group.broadcast([tensor], options)  # type: ignore[attr-defined]
         while not work.is_completed():
             # A slice that times out raises, as a broken connection does: is_completed() tells them apart.

@@ -21,7 +21,7 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import (
+    MAX_TEXT,
     ConfigError,
     ErrorRecord,
     OutcomeUnknown,
@@ -201,7 +202,15 @@ class Round:
         if self._store.check([f"{self.prefix}verdict"]):
             self._raise_verdict()
         if not self._store.check([f"{self.prefix}all"]):
-            raise self._timeout("rank 0 did not say what all ranks brought")
+            absent = [
+                rank
+                for rank in range(self._control.world_size)
+                if not self._store.check([f"{self.prefix}x/{rank}"])
+            ]
+            # Whose deadline passes first decides for all, and it need not be rank 0's.
+            raise self._timeout(
+                f"ranks {absent} did not arrive" if absent else "rank 0 did not say what all ranks brought"
+            )
 
     def _timeout(self, message: str) -> UpdateTimeout:
         return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message, stage="begin"))
@@ -247,7 +256,7 @@ class Round:
         Raises:
             OutcomeUnknown: the store cannot be reached.
         """
-        verdict = self._decide(Verdict(record=record))
+        verdict = self._decide(Verdict(record=_bounded(record)))
         with contextlib.suppress(dist.DistError, RuntimeError):
             # Those who wait for the meeting find the verdict.
             self._store.compare_set(f"{self.prefix}all", "", "0")
@@ -275,9 +284,11 @@ class Round:
     def join_watcher(self) -> None:
         if self._watcher is not None:
             self._watcher.join(EXIT_SECONDS)
+            # One that still waits will write to its descriptor: by then it may be somebody else's.
+            if not self._watcher.is_alive():
+                os.close(self._wake_read)
+                os.close(self._wake_write)
             self._watcher = None
-            os.close(self._wake_read)
-            os.close(self._wake_write)
 
     def forget(self) -> None:
         """Removes what ranks brought (the verdict stays: a late rank must find it). For rank 0."""
@@ -309,6 +320,18 @@ def error_of(record: ErrorRecord, touched: bool | None = None) -> UpdateError:
     """The exception that stands for a record."""
     kinds: dict[str, type[UpdateError]] = {kind.__name__: kind for kind in UpdateError.__subclasses__()}
     return kinds.get(record.error_type, UpdateError)(record, touched=touched)
+
+
+def _bounded(record: ErrorRecord) -> ErrorRecord:
+    """The store refuses values over 8 MiB by closing the connection, and then nothing can be decided."""
+    names = [name[:1024] for name in record.tensors]
+    return replace(
+        record,
+        message=record.message[:MAX_TEXT],
+        traceback=record.traceback[-MAX_TEXT:],
+        # As in a worker's Failure: the ends of a bucket are enough to find it.
+        tensors=names if len(names) <= 64 else [*names[:32], *names[-32:]],
+    )
 
 
 def _unknown(message: str) -> OutcomeUnknown:

@@ -122,6 +122,21 @@ def test_a_callers_mistake_is_named(world: World, scenario: str, text: str) -> N
         assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
 
 
+@pytest.mark.parametrize("kind", ["missing", "truncated", "lying"])
+def test_a_broken_file_on_one_rank_is_known_to_all(world: World, kind: str) -> None:
+    *others, broken = world.results(f"register {kind}")
+    assert broken["error"] in ("CheckpointError", "CheckpointFormatError")
+    assert f"{kind}.safetensors" in broken["message"]
+    assert [entry["error"] for entry in others] == [None] * len(others)
+    for entry in world.results(f"gather {kind}"):
+        assert entry["error"] == "UpdateError"
+        assert entry["record"]["rank"] == world.size - 1
+        assert entry["record"]["stage"] == "register"
+        assert f"{kind}.safetensors" in entry["message"]
+        assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
+    assert [entry["error"] for entry in world.results(f"after {kind}")] == [None] * world.size
+
+
 def test_tensors_of_every_rank_reach_every_worker(world: World) -> None:
     expected = world.ranks[0]["expected"]
     for held in weights(world, "tensors"):

@@ -108,6 +108,16 @@ class Rank:
         return lambda: self.ps.update(name, req_func, timeout=TIMEOUT)
 
 
+def broken_files(directory: Path, good: Path) -> dict[str, Path]:
+    """A file that is not there, one cut short, and one whose header claims more than there is."""
+    directory.mkdir()
+    data = min(good.glob("*.safetensors")).read_bytes()
+    (directory / "truncated.safetensors").write_bytes(data[:-1000])
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]}}).encode()
+    (directory / "lying.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(9))
+    return {kind: directory / f"{kind}.safetensors" for kind in ("missing", "truncated", "lying")}
+
+
 def main() -> None:
     out, first, second, refusing, broken = (Path(sys.argv[1]), *map(Path, sys.argv[2:4]), *sys.argv[4:6])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -124,6 +134,13 @@ def main() -> None:
             me.record("registered, not gathered", me.update("a"))
             ps.gather_metas("a")
             me.record("first", me.update("a"))
+            for kind, file in broken_files(out / f"broken-{rank}", first).items():
+                # The last rank's share is broken; the others' are good.
+                files = [file] if rank == size - 1 else split_checkpoint(first, rank, size)
+                me.record(f"register {kind}", lambda files=files: ps.register_checkpoint("bad", files=files))
+                me.record(f"gather {kind}", lambda: ps.gather_metas("bad"))
+                ps.unregister_checkpoint("bad")
+                me.record(f"after {kind}", me.update("a"))
             me.record("gather unknown", lambda: ps.gather_metas("nobody"))
             ps.register_checkpoint("b", files=split_checkpoint(second, rank, size))
             ps.gather_metas("b")

@@ -13,8 +13,9 @@ import pytest
 import torch
 from checkpoint_files_for_tests import is_mapped
 
-from ckpt_engine.checkpoint import HostArena, arena, available_host_memory
+from ckpt_engine.checkpoint import HostArena, arena
 from ckpt_engine.errors import CheckpointError, ConfigError, HostMemoryError
+from ckpt_engine.host_memory import available_host_memory
 
 PAGE = mmap.PAGESIZE
 

@@ -1,0 +1,35 @@
+"""Every benchmark runs, at a size that says nothing about speed, and prints JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "lines"),
+    [("broadcast", ["--mib", "1", "--ranks", "2", "--rounds", "1"], 3)],
+)
+def test_benchmark_prints_json_lines(module: str, arguments: list[str], lines: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(printed) == lines
+    for line in printed:
+        assert line["benchmark"] == module
+        if "ratio" in line:
+            assert line["ratio"] > 0 and line["seconds"] > 0
