@@ -1,8 +1,31 @@
-"""How much memory this host can still give."""
+"""How much memory this host can still give, and what pins it for a device."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
+
+
+class HostMemoryPinner(Protocol):
+    """Pins host memory: its pages stay where they are, and a device copies from and to them at full speed.
+
+    Any thread may call it, several at a time.
+    """
+
+    def pin(self, address: int, nbytes: int, *, read_only: bool = False) -> None:
+        """Pins bytes [address, address + nbytes), all of which are mapped, as one range.
+
+        Args:
+            read_only: the memory may not be written (it is mapped without PROT_WRITE).
+
+        Raises:
+            HostMemoryError, RuntimeError, OSError: it cannot be pinned, and why; it is not pinned then.
+        """
+        ...
+
+    def unpin(self, address: int) -> None:
+        """Ends what `pin` of the same address began; the memory is still mapped."""
+        ...
 
 
 def available_host_memory(proc: Path = Path("/proc"), cgroup_root: Path = Path("/sys/fs/cgroup")) -> int:

@@ -7,12 +7,15 @@ registry.unregister("step-100")
 """
 
 from ckpt_engine.checkpoint.arena import HostArena
+from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.index import FileSelection, checkpoint_files, describe, split_checkpoint
-from ckpt_engine.checkpoint.loader import FileSource, HostCheckpoint, load
+from ckpt_engine.checkpoint.loader import FileSource, load
+from ckpt_engine.checkpoint.pool import ArenaPool
 from ckpt_engine.checkpoint.registry import CheckpointRegistry
 from ckpt_engine.checkpoint.safetensors_header import HeaderEntry, SafetensorsHeader, read_header
 
 __all__ = [
+    "ArenaPool",
     "CheckpointRegistry",
     "FileSelection",
     "FileSource",

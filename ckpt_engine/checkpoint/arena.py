@@ -12,12 +12,14 @@ import functools
 import mmap
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from ckpt_engine.checkpoint.pinning import pin_while_alive
 from ckpt_engine.errors import CheckpointError, ConfigError, HostMemoryError
-from ckpt_engine.host_memory import available_host_memory
+from ckpt_engine.host_memory import HostMemoryPinner, available_host_memory
 
 MiB = 1024 * 1024
 PIECE_NBYTES = 16 * MiB
@@ -41,10 +43,13 @@ class HostArena:
     """`nbytes` bytes of zeroed, page-aligned, private host memory at `address`.
 
     The memory belongs to the arena and to every view of it: it goes back to the system when the arena is
-    closed and the last view is gone, so no view can ever dangle.
+    closed and the last view is gone, so no view can ever dangle. It is unpinned when it is closed.
+
+    `populated`: who populated or filled all of it may set it; `populate` then has nothing left to do.
 
     `threads`: most threads that `populate` uses. `huge_pages`: whether to ask for transparent huge pages;
-    None measures once per process, for arenas of at least 256 MiB, which are faster to touch here.
+    None measures once per process, for arenas of at least 256 MiB, which are faster to touch here. The
+    attribute says what was chosen; None: what the system does by itself.
 
     Raises:
         HostMemoryError: the host, or the cgroup, has less than `nbytes` available; nothing was allocated.
@@ -57,6 +62,9 @@ class HostArena:
             raise ConfigError(f"threads={threads}: give 1 or more")
         self.nbytes = nbytes
         self.address = 0
+        self.huge_pages: bool | None = None
+        self.populated = False
+        self._unpin: Callable[[], object] | None = None
         self._threads = threads or default_threads()
         self._closed = False
         self._mapping: mmap.mmap | None = None  # None too for 0 bytes, which cannot be mapped
@@ -66,6 +74,7 @@ class HostArena:
                 raise HostMemoryError(_too_little(nbytes, available))
             if huge_pages is None and nbytes >= _PROBE_FROM:
                 huge_pages = _huge_pages_are_faster()
+            self.huge_pages = huge_pages
             self._mapping = _map(nbytes, huge_pages)
             self.address = _address_of(self._mapping)
 
@@ -96,7 +105,7 @@ class HostArena:
         """
         nbytes = self.nbytes - offset if nbytes is None else nbytes
         mapping = self._checked(offset, nbytes)
-        if mapping is None or nbytes == 0:
+        if mapping is None or nbytes == 0 or self.populated:
             return
         end = offset + nbytes
         starts = range(offset, end, PIECE_NBYTES)
@@ -111,8 +120,27 @@ class HostArena:
             for piece in pieces:
                 piece.result()
 
+    @property
+    def pinned(self) -> bool:
+        return self._unpin is not None
+
+    def pin(self, pinner: HostMemoryPinner) -> None:
+        """Pins all of it, as one range: a device's copy across the border of two ranges would fail.
+
+        Populate it first: the driver makes missing pages in one thread. Does nothing where it is pinned.
+
+        Raises:
+            HostMemoryError: it cannot be pinned; the message says why and what to do.
+        """
+        mapping = self._checked(0, 0)
+        if mapping is not None and self._unpin is None:
+            self._unpin = pin_while_alive(self, mapping, pinner, self.address, self.nbytes, read_only=False)
+
     def close(self) -> None:
-        """Lets go of the memory; it is freed with the last view. Calls after the first do nothing."""
+        """Unpins the memory and lets go of it; it is freed with the last view. Idempotent."""
+        unpin, self._unpin = self._unpin, None
+        if unpin is not None:
+            unpin()
         # mmap.close() would unmap under the feet of tensors: torch keeps the mmap object, not its export.
         self._closed = True
         self._mapping = None
@@ -154,13 +182,19 @@ def _address_of(mapping: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(mapping))
 
 
+def advise(address: int, nbytes: int, advice: int) -> int:
+    """One madvise() of the pages of that range. The errno of a failure; 0 too where the kernel cannot."""
+    begin = address - address % mmap.PAGESIZE
+    if _libc.madvise(begin, address + nbytes - begin, advice) == 0:
+        return 0
+    code = ctypes.get_errno()
+    return 0 if code in (errno.EINVAL, errno.EINTR, errno.EAGAIN) else code
+
+
 def _populate(mapping: mmap.mmap, address: int, nbytes: int) -> None:
     """One MADV_POPULATE_WRITE; `mapping` is an argument so that it lives through the call."""
-    begin = address - address % mmap.PAGESIZE
-    if _libc.madvise(begin, address + nbytes - begin, _MADV_POPULATE_WRITE) == 0:
-        return
-    code = ctypes.get_errno()
-    if code not in (errno.EINVAL, errno.EINTR, errno.EAGAIN):  # else the first touch does it
+    code = advise(address, nbytes, _MADV_POPULATE_WRITE)  # where the kernel cannot, the first touch does it
+    if code:
         raise HostMemoryError(f"host memory: cannot populate {nbytes} bytes: {os.strerror(code)}")
 
 

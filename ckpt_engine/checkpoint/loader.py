@@ -1,11 +1,14 @@
-"""Loads a checkpoint's sources (files, tensors) into one host arena, straight to their final places."""
+"""Loads a checkpoint's sources (files, tensors) into one host arena, straight to their final places.
+
+Files in memory may be taken where they are instead. Where there is a pinner, all of it ends up pinned.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import traceback
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,55 +19,25 @@ import torch
 
 from ckpt_engine.checkpoint.arena import HostArena, default_threads
 from ckpt_engine.checkpoint.file_reads import Segment, SharedFile, cut_pieces
+from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
+from ckpt_engine.checkpoint.in_place import Taken, taken_in_place
 from ckpt_engine.checkpoint.index import FileSelection
+from ckpt_engine.checkpoint.mapped_file import MappedFile
 from ckpt_engine.checkpoint.packing import BUFFER_LIMIT, TensorSpec, pack
-from ckpt_engine.checkpoint.safetensors_header import HeaderEntry, read_header_unless_empty
+from ckpt_engine.checkpoint.pool import ArenaPool
+from ckpt_engine.checkpoint.safetensors_header import (
+    HeaderEntry,
+    SafetensorsHeader,
+    read_header_unless_empty,
+)
 from ckpt_engine.checkpoint.tensor_copies import cut_copies, tensor_spec, wait_for_producers
 from ckpt_engine.errors import CheckpointFormatError, ConfigError
-from ckpt_engine.metadata import HostBufferMeta
+from ckpt_engine.host_memory import HostMemoryPinner
+
+logger = logging.getLogger(__name__)
 
 FileSource = str | os.PathLike[str] | FileSelection
 """A `.safetensors` file, or some of its tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostCheckpoint:
-    """One rank's share of a checkpoint in host memory.
-
-    `epoch`: a uuid (hex) that no other arena, of this name or another, shares. `buffers`: in the order in
-    which they lie in `arena`, each one's tensors sorted by name; addresses are this process's.
-    """
-
-    name: str
-    epoch: str
-    arena: HostArena
-    buffers: tuple[HostBufferMeta, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without the padding between them (the arena's are `arena.nbytes`)."""
-        return sum(tensor.nbytes for buffer in self.buffers for tensor in buffer.tensors)
-
-    def view(self, buffer_index: int, offset: int, nbytes: int) -> torch.Tensor:
-        """Bytes [offset, offset + nbytes) of a host buffer: a 1-D uint8 tensor that shares the memory.
-
-        Raises:
-            ConfigError: not inside that buffer.
-            CheckpointError: the checkpoint is closed.
-        """
-        if not 0 <= buffer_index < len(self.buffers):
-            raise ConfigError(f"checkpoint {self.name!r} has no host buffer {buffer_index}")
-        buffer = self.buffers[buffer_index]
-        if not 0 <= offset <= offset + nbytes <= buffer.nbytes:
-            raise ConfigError(
-                f"bytes {offset} .. {offset + nbytes} are not inside host buffer {buffer_index} "
-                f"of checkpoint {self.name!r} ({buffer.nbytes} bytes)"
-            )
-        return self.arena.view(buffer.address - self.arena.address + offset, nbytes)
-
-    def close(self) -> None:
-        """Lets go of the arena; its memory is freed with the last view. Idempotent."""
-        self.arena.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +45,11 @@ class Source:
     """Where a tensor comes from: an entry of a file, or a tensor of the caller."""
 
     spec: TensorSpec
-    path: Path | None = None
-    entry: HeaderEntry | None = None
+    of_file: tuple[SafetensorsHeader, HeaderEntry] | None = None
     tensor: torch.Tensor | None = None
 
     def __str__(self) -> str:
-        return "named_tensors" if self.path is None else str(self.path)
+        return "named_tensors" if self.of_file is None else str(self.of_file[0].path)
 
 
 def load(
@@ -88,41 +60,112 @@ def load(
     threads: int | None = None,
     huge_pages: bool | None = None,
     buffer_limit: int = BUFFER_LIMIT,
+    pinner: HostMemoryPinner | None = None,
+    in_place: bool = False,
+    pool: ArenaPool | None = None,
 ) -> HostCheckpoint:
-    """Loads files and copies tensors (of any device and strides) into a new arena.
+    """Loads files and copies tensors (of any device and strides) into a new arena, or into the pool's.
 
     No sources at all make an empty share. `threads`: default min(16, 2 * CPUs). `huge_pages`: as of
-    `HostArena`. `buffer_limit`: bytes of a host buffer, unless one tensor is larger.
+    `HostArena`. `buffer_limit`: bytes of a host buffer, unless one tensor is larger. `pinner`: pins all of
+    it, before this returns. `in_place`: `.safetensors` files below /dev/shm are mapped and pinned where they
+    are; `unlink_files` of the result removes them, when its caller is sure of it. Without a pinner, and into
+    a pool, they are copied like all others. `pool`: the caller has it for itself until the result is closed.
 
     Raises:
         ConfigError: an argument is not what it may be.
         CheckpointError: a file or a tensor cannot be read.
         CheckpointFormatError: a file is not what it claims to be; a tensor's name is there twice.
-        HostMemoryError: too little host memory.
-        After any failure, KeyboardInterrupt included, no memory and no file is held.
+        HostMemoryError: too little host memory, or it cannot be pinned.
+        After any failure, KeyboardInterrupt included, no file is held, and no memory but what the pool had.
     """
     sources = collect_sources(files, named_tensors)
-    packed = pack([source.spec for source in sources.values()], buffer_limit)
+    taken = _in_place(sources, pinner, pool) if in_place else []
+    copied = _without(sources, taken)
+    packed = pack([source.spec for source in copied.values()], buffer_limit)
     places = {tensor.name: buffer.start + tensor.offset for buffer in packed for tensor in buffer.tensors}
     nbytes = packed[-1].start + packed[-1].nbytes if packed else 0
     threads = threads if threads is not None else default_threads()
-    arena = HostArena(nbytes, threads=threads, huge_pages=huge_pages)
+    arena: HostArena | None = None
+    mapped: list[MappedFile] = []
     shared_files: list[SharedFile] = []
     try:
-        tasks = _file_tasks(arena, sources, places, shared_files)
-        tasks += _tensor_tasks(arena, sources, places)
-        _run_all(tasks, threads)
-        buffers = tuple(
-            HostBufferMeta(address=arena.address + buffer.start, nbytes=buffer.nbytes, tensors=buffer.tensors)
-            for buffer in packed
+        mapped.extend(part.map() for part in taken)
+        if pool is not None:
+            arena = pool.fit(nbytes)
+        else:
+            arena = HostArena(nbytes, threads=threads, huge_pages=huge_pages)
+        tasks = _file_tasks(arena, copied, places, shared_files)
+        tasks += _tensor_tasks(arena, copied, places)
+        from_device = any(
+            source.tensor is not None and source.tensor.device.type != "cpu" for source in copied.values()
         )
-        return HostCheckpoint(name, uuid.uuid4().hex, arena, buffers)
+        _fill(arena, mapped, tasks, threads, pinner, pin_first=from_device)
+        buffers = [(file, part.host_buffers(buffer_limit)) for file, part in zip(mapped, taken, strict=True)]
+        checkpoint = HostCheckpoint.of(name, arena, packed, buffers, pooled=pool is not None)
+        if pool is not None:
+            pool.keep()
+        return checkpoint
     except BaseException:
-        arena.close()
+        for file in mapped:
+            file.close()
+        if pool is not None:
+            pool.drop_new()
+        elif arena is not None:
+            arena.close()
         raise
     finally:
-        for file in shared_files:
-            file.close()
+        for shared in shared_files:
+            shared.close()
+
+
+def _in_place(
+    sources: Mapping[str, Source], pinner: HostMemoryPinner | None, pool: ArenaPool | None
+) -> list[Taken]:
+    taken = taken_in_place([source.of_file for source in sources.values() if source.of_file is not None])
+    why = "this device pins no memory" if pinner is None else "the shared memory pool takes copies"
+    if taken and (pinner is None or pool is not None):
+        logger.warning(
+            "%s and %d more files are copied, not pinned in place: %s",
+            taken[0].header.path,
+            len(taken) - 1,
+            why,
+        )
+        return []
+    return taken
+
+
+def _without(sources: Mapping[str, Source], taken: Sequence[Taken]) -> dict[str, Source]:
+    there = {entry.name for part in taken for entry in part.entries}
+    return {name: source for name, source in sources.items() if name not in there}
+
+
+def _fill(
+    arena: HostArena,
+    mapped: Sequence[MappedFile],
+    tasks: Sequence[Callable[[], None]],
+    threads: int,
+    pinner: HostMemoryPinner | None,
+    *,
+    pin_first: bool,
+) -> None:
+    """Runs `tasks`, which fill the arena, and pins everything; afterwards every page is there.
+
+    Pages first, by all threads: the driver would make them in one. Then one thread pins while the others
+    read, which takes little more than the longer of the two alone. Copies from a device wait for the pin:
+    into pinned memory they run at the bus's speed, into other memory through the driver's own buffers.
+    """
+    if pinner is not None:
+        _run_all([piece for file in mapped for piece in file.populate_pieces()], threads)
+        arena.populate()
+        arena.populated = True
+        pins = [partial(arena.pin, pinner), *(partial(file.pin, pinner) for file in mapped)]
+        if pin_first:
+            _run_all(pins, threads)
+        else:
+            tasks = [*pins, *tasks]
+    _run_all(tasks, threads)
+    arena.populated = True
 
 
 def collect_sources(
@@ -145,15 +188,15 @@ def collect_sources(
             )
 
     for file in files or ():
-        for path, entry in _selected(file):
+        for header, entry in _selected(file):
             spec = TensorSpec(entry.name, entry.dtype, entry.shape, entry.nbytes)
-            add(Source(spec, path=path, entry=entry))
+            add(Source(spec, of_file=(header, entry)))
     for name, tensor in (named_tensors or {}).items():
         add(Source(tensor_spec(name, tensor), tensor=tensor))
     return sources
 
 
-def _selected(file: FileSource) -> list[tuple[Path, HeaderEntry]]:
+def _selected(file: FileSource) -> list[tuple[SafetensorsHeader, HeaderEntry]]:
     if not isinstance(file, FileSelection):
         if not isinstance(file, (str, os.PathLike)):
             raise ConfigError(f"files: {file!r} is neither a path nor a FileSelection")
@@ -165,7 +208,7 @@ def _selected(file: FileSource) -> list[tuple[Path, HeaderEntry]]:
         if lacking:
             raise CheckpointFormatError(f"{file.path}: has no tensor {lacking[0]!r}, which was selected")
         entries = tuple(entry for entry in entries if entry.name in file.names)
-    return [(file.path, entry) for entry in entries]
+    return [(header, entry) for entry in entries] if header is not None else []
 
 
 def _file_tasks(
@@ -177,9 +220,10 @@ def _file_tasks(
     """A task for each piece of each file, in the order of the bytes; fills `shared_files`."""
     segments: dict[Path, list[Segment]] = {}
     for name, source in sources.items():
-        if source.path is not None and source.entry is not None:
-            segment = Segment(name, source.entry.begin, places[name], source.entry.nbytes)
-            segments.setdefault(source.path, []).append(segment)
+        if source.of_file is not None:
+            header, entry = source.of_file
+            segment = Segment(name, entry.begin, places[name], entry.nbytes)
+            segments.setdefault(header.path, []).append(segment)
     tasks: list[Callable[[], None]] = []
     for path, of_file in segments.items():
         pieces = cut_pieces(of_file)

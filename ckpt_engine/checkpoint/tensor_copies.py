@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -14,15 +15,26 @@ from ckpt_engine.errors import CheckpointError, ConfigError
 from ckpt_engine.metadata import DTYPE_NBYTES
 
 
+def has_lone_surrogate(text: str) -> bool:
+    """Whether UTF-8, and so every message, cannot carry it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
 def tensor_spec(name: object, tensor: object) -> TensorSpec:
     """Checks one item of `named_tensors`.
 
     Raises:
-        ConfigError: the name is not a non-empty string, or the value not a tensor.
+        ConfigError: the name is not a non-empty string of Unicode, or the value not a tensor.
         CheckpointError: a tensor whose elements cannot be copied as they are.
     """
     if not isinstance(name, str) or not name:
         raise ConfigError(f"named_tensors: {name!r} is not a tensor's name (a non-empty string)")
+    if has_lone_surrogate(name):
+        raise ConfigError(f"named_tensors: {name!r} has a lone surrogate, which no message could carry")
     if not isinstance(tensor, torch.Tensor):
         raise ConfigError(f"named_tensors: {name!r} is a {type(tensor).__name__}, not a torch.Tensor")
 
@@ -69,9 +81,18 @@ class Copy:
 
     def run(self, arena: HostArena) -> None:
         arena.populate(self.arena_offset, self.nbytes)
-        target = arena.view(self.arena_offset, self.nbytes)
+        target, source = arena.view(self.arena_offset, self.nbytes), self.source
+        if (
+            source.device.type == "cpu"
+            and source.is_contiguous()
+            and not source.is_conj()  # bits that a copy must still flip
+            and not source.is_neg()
+        ):
+            # Without torch, whose copy starts threads of its own: here every one of ours would.
+            ctypes.memmove(target.data_ptr(), source.data_ptr(), self.nbytes)
+            return
         with torch.no_grad():  # grad mode is per thread
-            target.view(self.source.dtype).view(self.source.shape).copy_(self.source)
+            target.view(source.dtype).view(source.shape).copy_(source)
 
 
 def cut_copies(tensor: torch.Tensor, arena_offset: int) -> Iterator[Copy]:

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("module", "arguments", "lines"),
-    [("broadcast", ["--mib", "1", "--ranks", "2", "--rounds", "1"], 3)],
+    [
+        ("broadcast", ["--mib", "1", "--ranks", "2", "--rounds", "1"], 3),
+        ("register", ["--gib", "0.002", "--rounds", "1", "--json"], 4),
+    ],
 )
 def test_benchmark_prints_json_lines(module: str, arguments: list[str], lines: int) -> None:
     done = subprocess.run(
