@@ -24,8 +24,9 @@ import torch
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import SharedRing
 from ckpt_engine.ipc.reactor import Reactor
+from ckpt_engine.settings import load_settings
+from ckpt_engine.transport.bootstrap import own_store
 from ckpt_engine.transport.collectives import GlooCollectives
-from ckpt_engine.transport.control import Control
 from ckpt_engine.transport.shared_memory import COPIED, STAGED, HostLinks
 
 SLOT_NBYTES = 64 * 1024 * 1024
@@ -72,10 +73,8 @@ def work(rank: int, ranks: int, nbytes: int, rounds: int, port: int, directory: 
     data = ring.view(0, nbytes)
     data.fill_(rank + 1)
     deadline = Deadline.after(DEADLINE_SECONDS)
-    control = Control(
-        rank=rank, world_size=ranks, master_addr="127.0.0.1", store_port=port, deadline=deadline
-    )
-    gloo = GlooCollectives(control.store, "benchmark", rank, ranks, deadline)
+    point = own_store(rank, ranks, "127.0.0.1", port, load_settings(), deadline)
+    gloo = GlooCollectives(point.store, "benchmark", rank, ranks, deadline, poll=lambda: None)
     rings, (connect, close) = through_rings(rank, ranks, ring, directory)
     sync.wait()
     connect()
@@ -104,7 +103,6 @@ def work(rank: int, ranks: int, nbytes: int, rounds: int, port: int, directory: 
     sync.wait()
     close()
     gloo.close()
-    control.close()
 
 
 def main() -> None:

@@ -6,7 +6,8 @@
     · CheckpointFormatError    a file is not what it claims to be
     · CheckpointExistsError    the name is registered already
     · UnknownCheckpointError   nothing is registered or gathered under this name (also a KeyError)
-    · HostMemoryError          the host has too little memory for the arena (also a MemoryError)
+    · HostMemoryError          the host cannot give, or pin, the memory (also a MemoryError)
+  - DeviceError              the device, or its driver, refuses (also a RuntimeError)
   - PlanError                no valid update plan exists for these metas
   - ProtocolError            a message that this version cannot accept
   - EngineRequestError       the engine refused, or could not be asked, to start receiving
@@ -30,6 +31,8 @@ from typing import Any
 
 MAX_TEXT = 64 * 1024
 """Longest message or traceback, in characters, that travels between processes."""
+MAX_NAME = 1024
+"""Longest name of a tensor or a type, in characters, in an error that travels."""
 
 
 class CkptEngineError(Exception):
@@ -61,7 +64,11 @@ class UnknownCheckpointError(CheckpointError, KeyError):
 
 
 class HostMemoryError(CheckpointError, MemoryError):
-    """The host has too little memory for the arena; nothing was allocated."""
+    """The host cannot give, or pin, the memory that is needed; nothing of it is held."""
+
+
+class DeviceError(CkptEngineError, RuntimeError):
+    """A call of the device's runtime failed; the message says which and why."""
 
 
 class PlanError(CkptEngineError):
@@ -130,6 +137,19 @@ class ErrorRecord:
             text += "\n--- traceback where it happened ---\n" + self.traceback.rstrip()
         return text
 
+    def travelling(self) -> ErrorRecord:
+        """This record as it crosses process borders: bounded, and with what UTF-8 cannot say escaped."""
+        names = list(self.tensors)
+        # A bucket of thousands of small tensors: the ends are enough to find it.
+        names = names if len(names) <= 64 else [*names[:32], *names[-32:]]
+        return replace(
+            self,
+            error_type=_utf8(self.error_type)[:MAX_NAME],
+            message=_utf8(self.message)[:MAX_TEXT],
+            traceback=_utf8(self.traceback)[-MAX_TEXT:],
+            tensors=[_utf8(name)[:MAX_NAME] for name in names],
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"tensors": list(self.tensors)}
 
@@ -151,6 +171,11 @@ class ErrorRecord:
             traceback=text[-MAX_TEXT:],
             **where,
         )
+
+
+def _utf8(text: str) -> str:
+    # Python's names of files in another encoding hold lone surrogates.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 class UpdateError(CkptEngineError):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import atexit
 import hashlib
 import logging
-import socket
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -27,7 +26,7 @@ from torch._C._distributed_c10d import PrefixStore
 
 from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import make_device
+from ckpt_engine.devices import detect_device, device_count, make_device
 from ckpt_engine.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -37,10 +36,12 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json, topology
-from ckpt_engine.settings import Settings, load_settings
+from ckpt_engine.settings import load_settings
+from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import Control, error_of
+from ckpt_engine.update.introduction import Rank
 from ckpt_engine.update.request import SocketPaths
-from ckpt_engine.update.session import Progress, Rank, UpdateReport, UpdateSession
+from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +56,15 @@ class ParameterServer:
 
     Args:
         rank, world_size: default: RANK and WORLD_SIZE, else a lone rank.
-        auto_pg: make the private groups when they are first needed. False: only after
-            `init_process_group`.
-        gpu_count: devices on this host (default: LOCAL_WORLD_SIZE, else the world size, on CPU).
+        auto_pg: make the private groups when they are first needed. False: the caller manages groups;
+            ranks meet through torch's default group, made by the caller or by `init_process_group`.
+        gpu_count: devices on this host (default: those that this process sees; on CPU LOCAL_WORLD_SIZE,
+            else the world size). The device's index is rank mod gpu_count.
         mem_fraction: share of the free device memory that an update may use (default:
             PS_MEM_FRACTION, else 0.9).
         master_addr, master_port: where rank 0 serves the control store (default: MASTER_ADDR, and
             MASTER_PORT + 1, since the launcher's own store has MASTER_PORT).
-        device: `cpu`, or None to detect.
+        device: `cuda` or `cpu`, or None to detect.
 
     Raises:
         ConfigError: a bad value; the message names the argument or the variable.
@@ -81,20 +83,25 @@ class ParameterServer:
         device: str | None = None,
     ) -> None:
         self.settings = load_settings()
-        self.rank, self.world_size = _place(rank, world_size, self.settings)
+        self.rank, self.world_size = place_of(rank, world_size, self.settings)
         self.mem_fraction = self.settings.mem_fraction if mem_fraction is None else mem_fraction
         if not 0 < self.mem_fraction <= 1:
             raise ConfigError(f"mem_fraction={mem_fraction}: must be above 0 and at most 1")
         if master_port is not None and not 0 < master_port < 65536:
             raise ConfigError(f"master_port={master_port}: must be from 1 to 65535")
-        count = gpu_count if gpu_count is not None else self.settings.local_world_size or self.world_size
+        device = detect_device(device)
+        count = gpu_count
+        if count is None:
+            count = device_count(device) or self.settings.local_world_size or self.world_size
         if count < 1:
             raise ConfigError(f"gpu_count={gpu_count}: must be at least 1")
         self.local_rank = self.rank % count
         self.auto_pg = auto_pg
         self._master_addr, self._master_port = master_addr, master_port
         self._device = make_device(device, self.settings, self.local_rank)
-        self._registry = CheckpointRegistry(self.settings.load_threads, self.settings.huge_pages)
+        self._registry = CheckpointRegistry(
+            self.settings.load_threads, self.settings.huge_pages, self._device.pinner
+        )
         self._failed: dict[str, ErrorRecord] = {}
         self._gathered: dict[str, tuple[str | None, Metas]] = {}
         self._metas: Metas = {}
@@ -119,17 +126,27 @@ class ParameterServer:
         Args:
             files: `.safetensors` files, whole or in part (`FileSelection`).
             named_tensors: tensors on any device; their bytes are copied.
+            use_shared_memory_pool: into one arena that is kept and refilled: one checkpoint at a time, which
+                need not have the shape of the one before.
+            use_inplace_pin_memory: `.safetensors` files below /dev/shm become host memory where they are, and
+                are removed once all is registered (CUDA; elsewhere they are copied). They must not be touched
+                any more. Also on by CKPT_ENGINE_INPLACE_PIN.
 
         Raises:
             CheckpointExistsError: the name is taken.
+            CheckpointError: another checkpoint is in the pool; a file cannot be read.
             CheckpointFormatError: a file is not what it claims to be.
-            HostMemoryError: it does not fit. Nothing is registered after any failure.
+            HostMemoryError: it does not fit, or cannot be pinned. Nothing is registered, and no file
+                removed, after any failure.
         """
-        if use_shared_memory_pool or use_inplace_pin_memory:
-            option = "use_shared_memory_pool" if use_shared_memory_pool else "use_inplace_pin_memory"
-            raise ConfigError(f"{option}=True is not in this version: leave it off")
         try:
-            self._registry.register(checkpoint_name, files=files, named_tensors=named_tensors)
+            self._registry.register(
+                checkpoint_name,
+                files=files,
+                named_tensors=named_tensors,
+                use_shared_memory_pool=use_shared_memory_pool,
+                use_inplace_pin_memory=use_inplace_pin_memory or self.settings.inplace_pin,
+            )
         except CheckpointExistsError:
             raise
         except Exception as error:
@@ -141,15 +158,22 @@ class ParameterServer:
         self._failed.pop(checkpoint_name, None)
 
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
-        """Frees the memory of a checkpoint. An unknown name is only warned about.
+        """Frees the memory of a checkpoint; that of one in the shared memory pool is kept for the next one.
+
+        An unknown name is only warned about.
 
         Args:
-            force: also frees a shared memory pool (this version has none).
+            force: frees the pool as well, unless another checkpoint is in it.
         """
         self._gathered.pop(checkpoint_name, None)
         failed = self._failed.pop(checkpoint_name, None)
-        if not self._registry.unregister(checkpoint_name) and failed is None:
+        if not self._registry.unregister(checkpoint_name, force=force) and failed is None:
             logger.warning("checkpoint %r is not registered on rank %d", checkpoint_name, self.rank)
+
+    @property
+    def checkpoint_names(self) -> list[str]:
+        """What is registered on this rank, sorted."""
+        return self._registry.names()
 
     def gather_metas(self, checkpoint_name: str, timeout: Timeout = TEN_MINUTES) -> None:
         """All ranks exchange what each holds of a checkpoint. Every rank must call it.
@@ -170,19 +194,22 @@ class ParameterServer:
                 f"gather_metas({checkpoint_name!r})",
                 metas_to_json({self.rank: self._metas_of(held)}),
                 deadline,
+                without_lost=True,
             )
         except BaseException as error:
             round_.abort(ErrorRecord.from_exception(error, rank=self.rank, stage="gather"))
             raise
         finally:
             round_.leave()
-        metas = {rank: held for blob in blobs for rank, held in metas_from_json(blob).items()}
+        metas = {rank: held for blob in blobs.values() for rank, held in metas_from_json(blob).items()}
         if not any(other.tensor_count for other in metas.values()):
             raise UnknownCheckpointError(
                 f"no rank has registered anything as {checkpoint_name!r}; this one holds "
                 + (", ".join(map(repr, self._registry.names())) or "nothing")
             )
         _check_devices(metas)
+        if round_.lost:
+            self._check_without(round_.lost, checkpoint_name, metas)
         self._gathered[checkpoint_name] = (held.epoch if held else None, metas)
         self._show(metas)
 
@@ -211,13 +238,14 @@ class ParameterServer:
         ranks: Sequence[int] | None = None,
         on_progress: Progress | None = None,
     ) -> UpdateReport:
-        """Puts the checkpoint into every rank's worker, or into none. Every rank must call it.
+        """Puts the checkpoint into the workers of all `ranks`, or into none. Each of them must call it.
 
         Args:
             req_func: called once, in a thread, with `[(device_uuid, zmq_handle), ...]` of all ranks; it
                 asks the engine to start receiving.
             timeout: for the whole update.
-            ranks: None or empty: all ranks.
+            ranks: those to update; None or empty: all. The others need not call, and must not. In this
+                version they must hold the whole checkpoint among themselves.
             on_progress: called with (bytes loaded by this rank's worker, bytes in all).
 
         Raises:
@@ -228,11 +256,12 @@ class ParameterServer:
         wanted = sorted(set(ranks or range(self.world_size)))
         if wanted[0] < 0 or wanted[-1] >= self.world_size:
             raise ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
-        if len(wanted) < self.world_size:
-            raise ConfigError("an update of some ranks only is not in this version: leave ranks empty")
+        if self.rank not in wanted:
+            raise ConfigError(f"ranks={wanted}: rank {self.rank} is not among them, and must not call update")
         deadline = _deadline(timeout)
         session = UpdateSession(
             me=self._rank(deadline),
+            members=tuple(wanted),
             checkpoint_name=checkpoint_name,
             prepare=lambda: self._prepare(checkpoint_name),
             req_func=req_func,
@@ -302,17 +331,16 @@ class ParameterServer:
         """What this rank keeps between updates, made when first needed."""
         if self._me is not None:
             return self._me
-        if not (self.auto_pg or explicit):
-            raise ConfigError("auto_pg=False: call init_process_group() first")
-        address, port = self._store_address()
+        if not (self.auto_pg or explicit or dist.is_initialized()):
+            raise ConfigError("auto_pg=False: call init_process_group() first, or torch.distributed's own")
         directory = SocketDirectory(self.settings.socket_dir)
         try:
             control = Control(
+                self._meeting_point(deadline),
                 rank=self.rank,
                 world_size=self.world_size,
-                master_addr=address,
-                store_port=port,
                 deadline=deadline,
+                stall_seconds=self.settings.stall_timeout,
             )
         except BaseException:
             directory.close()
@@ -328,20 +356,13 @@ class ParameterServer:
         )
         return self._me
 
-    def _store_address(self) -> tuple[str, int]:
-        address = self._master_addr or self.settings.master_addr
-        port = self._master_port
-        if port is None and self.settings.master_port is not None:
-            port = self.settings.master_port + 1
-        if self.world_size == 1:
-            # Nobody else must find it: any free port of the loopback will do.
-            return self._master_addr or "127.0.0.1", self._master_port or 0
-        if address is None or port is None:
-            raise ConfigError(
-                f"world_size={self.world_size}, but nothing says where rank 0 is: give master_addr and "
-                "master_port, or start the ranks with torchrun (MASTER_ADDR, MASTER_PORT)"
-            )
-        return address, port
+    def _meeting_point(self, deadline: Deadline) -> MeetingPoint:
+        """The caller's store where the caller manages the groups and has one; else our own."""
+        if not self.auto_pg and dist.is_initialized() and not self._owns_default_group:
+            return store_of_caller(self.rank, self.world_size, self._master_addr)
+        return own_store(
+            self.rank, self.world_size, self._master_addr, self._master_port, self.settings, deadline
+        )
 
     # Ending
 
@@ -374,10 +395,24 @@ class ParameterServer:
         return RankMetas(
             rank=self.rank,
             host=self.settings.host_id,
-            host_ip=_host_ip(self._master_addr or self.settings.master_addr),
+            host_ip=host_ip(self._master_addr or self.settings.master_addr),
             device_uuid=self._device.uuid(),
             epoch=held.epoch if held else "",
             buffers=held.buffers if held else (),
+        )
+
+    def _check_without(self, lost: dict[int, str], checkpoint_name: str, metas: Metas) -> None:
+        """Raises CheckpointError: ranks are gone, and with them tensors that nobody else holds yet."""
+        _, before = self._gathered.get(checkpoint_name, (None, {}))
+        missing = sorted(_names(before) - _names(metas))
+        gone = ", ".join(f"rank {rank} ({reason})" for rank, reason in lost.items())
+        if missing:
+            raise CheckpointError(
+                f"{gone} is gone, and with it {len(missing)} tensors of {checkpoint_name!r} ({missing[0]} "
+                "first): register them on the ranks that are left"
+            )
+        logger.warning(
+            "%s is gone; update(%r, ranks=%s) goes on without", gone, checkpoint_name, sorted(metas)
         )
 
     def _show(self, metas: Metas) -> None:
@@ -395,16 +430,8 @@ def _close_all() -> None:
         server.close()
 
 
-def _place(rank: int | None, world_size: int | None, settings: Settings) -> tuple[int, int]:
-    size = world_size if world_size is not None else settings.world_size
-    place = rank if rank is not None else settings.rank
-    if size is None and place is None:
-        return 0, 1
-    if size is None or size < 1:
-        raise ConfigError(f"world_size={size}: give world_size (or WORLD_SIZE), at least 1")
-    if place is None or not 0 <= place < size:
-        raise ConfigError(f"rank={place}: give rank (or RANK), from 0 to {size - 1}")
-    return place, size
+def _names(metas: Metas) -> set[str]:
+    return {tensor.name for held in metas.values() for buffer in held.buffers for tensor in buffer.tensors}
 
 
 def _check_devices(metas: Metas) -> None:
@@ -424,13 +451,3 @@ def _deadline(timeout: Timeout) -> Deadline:
     if not seconds > 0:
         raise ConfigError(f"timeout={timeout}: must be a positive number of seconds")
     return Deadline.after(seconds)
-
-
-def _host_ip(towards: str | None) -> str:
-    """The address of this host's interface that faces `towards` (no packet is sent)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((towards or "127.0.0.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(sock.getsockname()[0])

@@ -10,13 +10,17 @@ import socket
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ckpt_engine.errors import ConfigError
 
 MiB = 1024 * 1024
 GiB = 1024 * MiB
+
+DEFAULT_SLOT_MIB = {"cuda": 256, "npu": 256, "cpu": 16}
+"""A device's copies are at their limit from a few hundred MiB in flight; a host's are fastest near its
+caches, and a ring's fresh pages cost more than the copies through them (benchmarks/update.py)."""
 
 
 class Settings(BaseSettings):
@@ -47,7 +51,9 @@ class Settings(BaseSettings):
     )
 
     # Ours: the slot ring
-    slot_mib: float = Field(256, gt=0, validation_alias=AliasChoices("slot_mib", "CKPT_ENGINE_SLOT_MIB"))
+    slot_mib: float | None = Field(
+        None, gt=0, validation_alias=AliasChoices("slot_mib", "CKPT_ENGINE_SLOT_MIB")
+    )
     slot_count: int = Field(3, ge=1, validation_alias=AliasChoices("slot_count", "CKPT_ENGINE_SLOT_COUNT"))
 
     # Ours: who this process is
@@ -71,6 +77,18 @@ class Settings(BaseSettings):
     reply_timeout: float = Field(
         120, gt=0, validation_alias=AliasChoices("reply_timeout", "CKPT_ENGINE_REPLY_TIMEOUT")
     )
+    stall_timeout: float = Field(
+        30, gt=2, validation_alias=AliasChoices("stall_timeout", "CKPT_ENGINE_STALL_TIMEOUT")
+    )
+
+    release_groups: bool = Field(
+        False, validation_alias=AliasChoices("release_groups", "CKPT_ENGINE_RELEASE_GROUPS")
+    )
+
+    # Ours: who may use the HTTP API
+    api_token: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("api_token", "CKPT_ENGINE_API_TOKEN")
+    )
 
     # Ours: host memory
     load_threads: int | None = Field(
@@ -79,6 +97,7 @@ class Settings(BaseSettings):
     huge_pages: bool | None = Field(
         None, validation_alias=AliasChoices("huge_pages", "CKPT_ENGINE_HUGE_PAGES")
     )
+    inplace_pin: bool = Field(False, validation_alias=AliasChoices("inplace_pin", "CKPT_ENGINE_INPLACE_PIN"))
 
     @field_validator("master_addr", "socket_dir", mode="before")
     @classmethod
@@ -88,10 +107,10 @@ class Settings(BaseSettings):
             raise ValueError("must not be empty: unset it for the default")
         return value
 
-    @property
-    def slot_nbytes(self) -> int:
-        """Bytes of a slot: the setting, capped by PS_MAX_BUCKET_SIZE_GB."""
-        nbytes = int(self.slot_mib * MiB)
+    def slot_nbytes(self, device_type: str) -> int:
+        """Bytes of a slot on such a device: the setting or its default, capped by PS_MAX_BUCKET_SIZE_GB."""
+        mib = self.slot_mib if self.slot_mib is not None else DEFAULT_SLOT_MIB[device_type]
+        nbytes = int(mib * MiB)
         if self.max_bucket_size_gb is not None:
             nbytes = min(nbytes, int(self.max_bucket_size_gb * GiB))
         return nbytes

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,11 +22,17 @@ if TYPE_CHECKING:
 _SHOWN_BUCKETS = 20
 
 
+class Kind(str, Enum):
+    CUDA = "cuda"
+    CPU = "cpu"
+
+
 def plan_update(
     path: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of them.")],
     world_size: Annotated[int, typer.Option(min=1, help="Ranks, one per device.")],
     slot_mib: Annotated[
-        float | None, typer.Option(help="MiB of a slot.", show_default="CKPT_ENGINE_SLOT_MIB, else 256")
+        float | None,
+        typer.Option(help="MiB of a slot.", show_default="CKPT_ENGINE_SLOT_MIB, else 256 on CUDA, 16 on CPU"),
     ] = None,
     slot_count: Annotated[
         int | None,
@@ -38,6 +45,7 @@ def plan_update(
             show_default="no limit",
         ),
     ] = None,
+    device: Annotated[Kind, typer.Option(help="What the ranks' devices are.")] = Kind.CUDA,
     all_buckets: Annotated[
         bool, typer.Option("--all", help=f"Show every bucket, not only the first {_SHOWN_BUCKETS}.")
     ] = False,
@@ -59,7 +67,8 @@ def plan_update(
     plan = make_plan(
         str(path),
         metas_from_headers(path, world_size),
-        slot_nbytes=settings.slot_nbytes,
+        slot_nbytes=settings.slot_nbytes(device.value),
+        staging=world_size > 1 and device is not Kind.CPU,
         slot_count=slot_count or settings.slot_count,
         budget=sys.maxsize
         if free_memory_gib is None
@@ -110,6 +119,8 @@ def _show(plan: UpdatePlan, world_size: int, shown: int) -> None:
         f"ring: {plan.ring.count} slots of {format_nbytes(plan.ring.slot_nbytes)}, "
         f"{format_nbytes(plan.ring.nbytes)} ({plan.ring.nbytes} bytes) on each device"
     )
+    if plan.staging_nbytes:
+        console.print(f"staging: {format_nbytes(plan.staging_nbytes)} more on the device of each owner")
     print_table(
         console,
         "Owners",

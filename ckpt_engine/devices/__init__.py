@@ -3,42 +3,100 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
-from ckpt_engine.devices.base import Device, Ring
+import torch
+
+from ckpt_engine.devices.base import Device, MappedRing, Ring, RingMemory, Staging
 from ckpt_engine.devices.cpu import CpuDevice, SharedRing, cpu_uuid
-from ckpt_engine.devices.handles import RingHandle
+from ckpt_engine.devices.handles import CudaRing, RingHandle, SharedMemoryRing
 from ckpt_engine.errors import ConfigError, ProtocolError
 from ckpt_engine.settings import Settings
 
-__all__ = ["CpuDevice", "Device", "Ring", "SharedRing", "cpu_uuid", "make_device", "open_ring"]
+__all__ = [
+    "CpuDevice",
+    "Device",
+    "MappedRing",
+    "Ring",
+    "RingMemory",
+    "SharedRing",
+    "Staging",
+    "cpu_uuid",
+    "detect_device",
+    "device_count",
+    "make_device",
+    "map_ring",
+    "open_shared_ring",
+]
+
+
+def detect_device(name: str | None) -> str:
+    """The kind of device to use: `name`, or what this host has.
+
+    Raises:
+        ConfigError: no such kind, or none of it is here.
+    """
+    if name not in (None, "cpu", "cuda", "npu"):
+        raise ConfigError(f"device={name!r}: give 'cuda', 'npu' or 'cpu', or leave it out to detect it")
+    if name == "npu":
+        raise ConfigError("device='npu': Ascend NPUs are not in this version")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda', but torch finds no CUDA device here")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_count(kind: str) -> int | None:
+    """How many devices of this kind this process sees; None where any number will do."""
+    return torch.cuda.device_count() if kind == "cuda" else None
 
 
 def make_device(name: str | None, settings: Settings, index: int) -> Device:
     """The rank's device.
 
     Args:
-        name: `cpu`, or None to detect. `cuda` and `npu` are refused until their modules are there.
-        index: the device's number on this host.
+        name: `cuda` or `cpu`, or None to detect.
+        index: the device's number among those that this process sees.
 
     Raises:
-        ConfigError: no such device in this version.
+        ConfigError: no such device here.
     """
-    if name in (None, "cpu"):
+    if detect_device(name) == "cpu":
         return CpuDevice(settings, index)
-    raise ConfigError(f"device={name!r}: this version runs on 'cpu' only")
+    from ckpt_engine.devices.cuda import CudaDevice
+
+    return CudaDevice(settings, index)
 
 
-def open_ring(handle: RingHandle, descriptors: list[int], *, writable: bool) -> Ring:
-    """Maps a ring from its handle; takes over the descriptors, also on failure."""
-    fd, *others = descriptors or [-1]
-    for other in others:
-        _close(other)
-    if fd < 0 or others:
-        _close(fd)
+def map_ring(handle: RingHandle, descriptors: list[int], device_id: int | None) -> MappedRing:
+    """Maps a ring in a worker; takes over the descriptors, also on failure.
+
+    Args:
+        device_id: the worker's own index of the device; None on CPU.
+
+    Raises:
+        ProtocolError: the handle or its descriptors are not what they claim to be.
+        ConfigError: the ring lies on another device.
+    """
+    if isinstance(handle, SharedMemoryRing):
+        return open_shared_ring(handle, descriptors, writable=True)
+    _close_all(descriptors)
+    if descriptors:
+        raise ProtocolError("descriptors came with a CUDA ring, which needs none")
+    if device_id is None:
+        raise ConfigError("the ring lies on a CUDA device: give device_id, this worker's own index of it")
+    from ckpt_engine.devices.cuda import WorkerRing
+
+    return WorkerRing(device_id, handle)
+
+
+def open_shared_ring(handle: RingHandle, descriptors: Sequence[int], *, writable: bool) -> SharedRing:
+    """Maps a ring in host memory; takes over the descriptors, also on failure."""
+    if isinstance(handle, CudaRing) or len(descriptors) != 1:
+        _close_all(descriptors)
         raise ProtocolError(f"a shared-memory ring needs one descriptor, got {len(descriptors)}")
-    return SharedRing.open(fd, handle.nbytes, writable=writable)
+    return SharedRing.open(descriptors[0], handle.nbytes, writable=writable)
 
 
-def _close(fd: int) -> None:
-    if fd >= 0:
+def _close_all(descriptors: Sequence[int]) -> None:
+    for fd in descriptors:
         os.close(fd)

@@ -12,12 +12,15 @@ import fcntl
 import mmap
 import os
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ckpt_engine.devices.base import Staging
 from ckpt_engine.devices.handles import SharedMemoryRing
-from ckpt_engine.errors import HostMemoryError, ProtocolError
-from ckpt_engine.host_memory import available_host_memory
+from ckpt_engine.errors import ConfigError, HostMemoryError, ProtocolError
+from ckpt_engine.host_memory import HostMemoryPinner, available_host_memory
 from ckpt_engine.settings import Settings
 
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -79,7 +82,10 @@ class SharedRing:
                 raise ProtocolError(
                     f"the received ring is not a memfd of {nbytes} bytes sealed against resizing"
                 )
-            return cls(fd, nbytes, writable=writable)
+            try:
+                return cls(fd, nbytes, writable=writable)
+            except OSError as error:  # a descriptor that is read-only, or a memfd sealed against writing
+                raise ProtocolError(f"the received ring cannot be mapped: {error}") from None
         except BaseException:
             os.close(fd)
             raise
@@ -88,6 +94,8 @@ class SharedRing:
         """1-D uint8 view; shares the map, which lives until the last view is gone."""
         if self._bytes is None:
             raise ValueError("the ring is closed")
+        if not 0 <= offset <= offset + nbytes <= self.nbytes:
+            raise ValueError(f"{nbytes} bytes at {offset} are not inside a ring of {self.nbytes} bytes")
         return self._bytes[offset : offset + nbytes]
 
     def handle(self) -> SharedMemoryRing:
@@ -95,6 +103,25 @@ class SharedRing:
 
     def descriptors(self) -> list[int]:
         return [self._fd]
+
+    # Everything is done when it returns: there is nothing to wait for.
+
+    def accept_events(self, given_back: Sequence[bytes]) -> None:
+        if given_back:
+            raise ProtocolError("events of a device with streams, for a ring in host memory")
+
+    def await_given_back(self, bucket: int) -> None: ...
+
+    def mark_ready(self, bucket: int) -> None: ...
+
+    def own_events(self) -> tuple[bytes, ...]:
+        return ()
+
+    def await_ready(self, bucket: int) -> None: ...
+
+    def mark_given_back(self, bucket: int) -> None: ...
+
+    def synchronize(self) -> None: ...
 
     def close(self) -> None:
         # Dropping the references unmaps unless someone kept a view: closing the map under a view
@@ -125,20 +152,39 @@ class CpuDevice:
     """One rank's share of the host, named by an index."""
 
     type = "cpu"
+    collectives = "gloo"
+    pinner: HostMemoryPinner | None = None
 
     def __init__(self, settings: Settings, index: int) -> None:
         # A parameter server's index is the host's: CKPT_ENGINE_CPU_DEVICES is for engines.
         self.index = index
         self._uuid = settings.device_uuid or f"CPU-{settings.host_id}-{index}"
+        self._pool = settings.host_id
 
     def uuid(self) -> str:
         return self._uuid
 
+    def memory_pool(self) -> str:
+        return self._pool
+
     def free_memory(self) -> int:
         return available_host_memory()
 
-    def allocate_ring(self, nbytes: int) -> SharedRing:
+    def allocate_ring(self, nbytes: int, event_count: int) -> SharedRing:
         return SharedRing.create(nbytes)
+
+    def allocate_staging(self, nbytes: int) -> Staging:
+        raise ConfigError("the CPU needs no staging buffer: owners copy straight into their rings")
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
+
+    def use_copy_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def use_broadcast_stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def synchronize(self) -> None: ...
+
+    def collect(self) -> None: ...

@@ -3,14 +3,16 @@
     worker                           parameter server
       Hello                      ->
                                  <-  Begin (ring, every bucket's layout, remaining budget)
-      Ready                      ->
+      Ready (its events)         ->                      the ring is mapped
                                  <-  BucketReady(i)      up to as many as there are free slots
       BucketDone(i)              ->
                                  <-  Finish              all buckets are out
-      Released                   ->                      the ring is unmapped
+      Released                   ->                      all is loaded, the ring is unmapped
+                                 <-  Freed               its memory is the engine's again
       Finished                   ->                      post hook done
                                  <-  Commit | Abort      what all ranks decided
       Goodbye                    ->
+                                 <-  StillHere           whenever nothing else was said for a second
       Failure (instead of any of the worker's messages: it leaves its loop)
 
 Messages travel as msgpack (msgspec tagged structs) on the worker's ZeroMQ socket. Beside it stands the
@@ -19,23 +21,27 @@ Messages travel as msgpack (msgspec tagged structs) on the worker's ZeroMQ socke
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from ckpt_engine.devices.handles import RingHandle
 from ckpt_engine.errors import MAX_TEXT, ErrorRecord, ProtocolError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_NBYTES = 256 * 1024 * 1024
 """Largest message: a Begin of a million tensors is near 100 MB."""
 MAX_WORKER_MESSAGE_NBYTES = 1024 * 1024
 """Largest message from a worker: a Failure with its traceback."""
+MAX_NAME = 1024
+"""Longest name of a tensor or a type, in characters, in a Failure."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
     pass
 
 
-class TensorLayout(msgspec.Struct, frozen=True, array_like=True):
+class TensorLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A tensor in a bucket: `offset` bytes from the bucket's start; `dtype` by torch's name."""
 
     name: str
@@ -45,7 +51,7 @@ class TensorLayout(msgspec.Struct, frozen=True, array_like=True):
     nbytes: int
 
 
-class BucketLayout(msgspec.Struct, frozen=True, array_like=True):
+class BucketLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """Where a bucket lies in the ring, and what is in it."""
 
     ring_offset: int
@@ -71,7 +77,9 @@ class Begin(_Message, frozen=True):
 
 
 class Ready(_Message, frozen=True):
-    pass
+    """`given_back`: IPC handles of the worker's events, one for each slot; none on CPU."""
+
+    given_back: tuple[bytes, ...] = ()
 
 
 class BucketReady(_Message, frozen=True):
@@ -83,6 +91,14 @@ class BucketDone(_Message, frozen=True):
 
 
 class Finish(_Message, frozen=True):
+    pass
+
+
+class Freed(_Message, frozen=True):
+    pass
+
+
+class StillHere(_Message, frozen=True):
     pass
 
 
@@ -102,6 +118,10 @@ class Abort(_Message, frozen=True):
     """Why the update ended, as `ErrorRecord.describe` tells it."""
 
     reason: str
+
+    @classmethod
+    def because(cls, reason: str) -> Abort:
+        return cls(_travelling(reason[: 4 * 1024 * 1024]))
 
 
 class Goodbye(_Message, frozen=True):
@@ -127,19 +147,26 @@ class Failure(_Message, frozen=True):
         names = names if len(names) <= 64 else (*names[:32], *names[-32:])
         return cls(
             stage=record.stage,
-            error_type=record.error_type,
-            message=record.message[:MAX_TEXT],
-            traceback=record.traceback[-MAX_TEXT:],
+            error_type=_travelling(record.error_type[:MAX_NAME]),
+            message=_travelling(record.message)[:MAX_TEXT],
+            traceback=_travelling(record.traceback)[-MAX_TEXT:],
             device_uuid=device_uuid,
             touched=touched,
             bucket=record.bucket,
-            tensors=names,
+            tensors=tuple(_travelling(name)[:MAX_NAME] for name in names),
         )
 
 
-WorkerMessage = Hello | Ready | BucketDone | Released | Finished | Goodbye | Failure
-ServerMessage = Begin | BucketReady | Finish | Commit | Abort
+def _travelling(text: str) -> str:
+    """`text` with what UTF-8 cannot say escaped: Python's names of files in another encoding."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
+
+WorkerMessage = Hello | Ready | BucketDone | Released | Finished | Goodbye | Failure
+ServerMessage = Begin | BucketReady | Finish | Freed | StillHere | Commit | Abort
+
+_NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises: the last two for text that is not UTF-8, and for very deep nesting."""
 _ENCODER = msgspec.msgpack.Encoder()
 _WORKER_DECODER: msgspec.msgpack.Decoder[WorkerMessage] = msgspec.msgpack.Decoder(WorkerMessage)
 _SERVER_DECODER: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
@@ -155,20 +182,26 @@ def decode_worker_message(frame: bytes) -> WorkerMessage:
         raise ProtocolError(f"a worker's message of {len(frame)} bytes is over {MAX_WORKER_MESSAGE_NBYTES}")
     try:
         return _WORKER_DECODER.decode(frame)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except _NOT_A_MESSAGE as error:
         raise ProtocolError(f"not a worker's message: {error}") from None
 
 
 def decode_server_message(frame: bytes) -> ServerMessage:
-    """Raises ProtocolError: not a message of this version."""
+    """Raises ProtocolError: not a message of this version, or too large."""
+    if len(frame) > MAX_MESSAGE_NBYTES:
+        raise ProtocolError(
+            f"a parameter server's message of {len(frame)} bytes is over {MAX_MESSAGE_NBYTES}"
+        )
     try:
         return _SERVER_DECODER.decode(frame)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except _NOT_A_MESSAGE as error:
         raise ProtocolError(f"not a parameter server's message: {error}") from None
 
 
 def check_layout(begin: Begin) -> None:
     """Refuses a Begin whose buckets or tensors leave the ring (a worker would read beyond its map)."""
+    if math.isnan(begin.budget) or begin.budget < 0:
+        raise ProtocolError(f"the update's budget of {begin.budget} seconds is not a duration")
     for index, bucket in enumerate(begin.buckets):
         if (
             bucket.ring_offset < 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,12 @@ class Reactor:
     def __init__(self) -> None:
         self._poller = zmq.Poller()
         self._callbacks: dict[Any, Callable[[], None]] = {}
+        self._tick: Callable[[], None] | None = None
+        self._ticked = time.monotonic()
+
+    def every_second(self, callback: Callable[[], None]) -> None:
+        """Calls back about once a second from now on, from turns."""
+        self._tick = callback
 
     def add(self, source: Source, callback: Callable[[], None]) -> None:
         """Watches `source`; `callback` must take all that can be read, or be called again."""
@@ -37,6 +44,9 @@ class Reactor:
             callback = self._callbacks.get(source)
             if callback is not None:
                 callback()
+        if self._tick is not None and time.monotonic() - self._ticked >= 1.0:
+            self._ticked = time.monotonic()
+            self._tick()
 
     def wait(self, done: Callable[[], bool], deadline: Deadline, slice_seconds: float = 1.0) -> bool:
         """Turns until `done()` is true. Returns False when the deadline passed first."""

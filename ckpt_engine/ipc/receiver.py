@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,10 +23,10 @@ import torch
 import zmq
 
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import Ring, open_ring
+from ckpt_engine.devices import MappedRing, map_ring
 from ckpt_engine.errors import ConfigError, ErrorRecord, PeerLost, ProtocolError, UpdateError, UpdateTimeout
 from ckpt_engine.ipc import messages
-from ckpt_engine.ipc.sockets import tune
+from ckpt_engine.ipc.sockets import IDENTITY_NBYTES, receive_descriptors, tune
 from ckpt_engine.settings import load_settings
 
 Run = Callable[[list[tuple[str, torch.Tensor]]], object]
@@ -141,14 +142,15 @@ class _Connection:
         path = handle.removeprefix("ipc://")
         if path == handle:
             raise ConfigError(f"handle {handle!r}: expected an address such as 'ipc:///path'")
-        identity = os.urandom(16).hex().encode()
+        identity = os.urandom(IDENTITY_NBYTES // 2).hex().encode()
+        self.zmq = zmq_ctx.socket(zmq.DEALER)
         self.lifeline = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # First: a ZeroMQ socket would try for ever to reach an address that is gone.
             self.lifeline.connect(f"{path}.life")
             self.lifeline.sendall(identity)
-            self.zmq = zmq_ctx.socket(zmq.DEALER)
         except OSError as error:
+            self.zmq.close()
             self.lifeline.close()
             raise _lost(f"nobody listens on {handle} any more ({error}): that update has ended") from None
         tune(self.zmq, messages.MAX_MESSAGE_NBYTES)
@@ -168,7 +170,8 @@ class _Connection:
     def receive(self, deadline: Deadline, waiting_for: str) -> messages.ServerMessage:
         """The next message. Raises UpdateTimeout at the deadline, PeerLost when the other side is gone."""
         while True:
-            ready = dict(self._poller.poll(int(deadline.remaining * 1000) + 1))
+            # In slices: no poll takes the milliseconds of an update without end.
+            ready = dict(self._poller.poll(int(min(deadline.remaining, 60.0) * 1000) + 1))
             if self.zmq in ready:
                 return messages.decode_server_message(self.zmq.recv())
             if ready and not self._read_lifeline():
@@ -186,7 +189,7 @@ class _Connection:
     def _read_lifeline(self) -> bool:
         """Takes what can be read; False at EOF."""
         try:
-            data, descriptors, _, _ = socket.recv_fds(self.lifeline, 64, 8)
+            data, descriptors = receive_descriptors(self.lifeline, 64)
         except ConnectionError:  # closed by the other side before it read all of ours
             return False
         self._descriptors += descriptors
@@ -228,7 +231,7 @@ class _Receiver:
         self._run = run
         self._post_hook = post_hook
         self._uuid = device_uuid
-        self._ring: Ring | None = None
+        self._ring: MappedRing | None = None
         self._stage = "handshake"
         self._bucket: int | None = None
         self._tensors: list[str] = []
@@ -247,6 +250,7 @@ class _Receiver:
                 tensors=tuple(self._tensors),
                 elapsed=time.monotonic() - self._started,
             )
+            _clear_frames(error)
             if not isinstance(error, _Aborted | PeerLost):
                 self._leave(record)
             kind = type(error) if isinstance(error, UpdateError) else UpdateError
@@ -263,8 +267,8 @@ class _Receiver:
         )
         deadline = Deadline.after(begin.budget + DECISION_GRACE_SECONDS)
         messages.check_layout(begin)
-        self._ring = open_ring(begin.ring, connection.receive_descriptors(), writable=True)
-        connection.send(messages.Ready())
+        self._ring = map_ring(begin.ring, connection.receive_descriptors(), self._device_id)
+        connection.send(messages.Ready(self._ring.own_events()))
         self._stage = "buckets"
         for index, bucket in enumerate(begin.buckets):
             announced = self._expect(messages.BucketReady, deadline, f"bucket {index}")
@@ -275,8 +279,11 @@ class _Receiver:
             self._bucket, self._tensors = None, []
         self._expect(messages.Finish, deadline, "the end of the buckets")
         self._stage = "release"
+        # What the engine enqueued must have happened, and without an error of the device.
+        self._ring.synchronize()
         self._release()
         connection.send(messages.Released())
+        self._expect(messages.Freed, deadline, "the ring's memory to be freed")
         self._stage = "post_hook"
         if self._post_hook is not None:
             self._post_hook()
@@ -296,22 +303,28 @@ class _Receiver:
     def _load(self, index: int, bucket: messages.BucketLayout) -> None:
         assert self._ring is not None
         self._bucket, self._tensors = index, messages.names_of(bucket)
-        data = self._ring.view(bucket.ring_offset, bucket.nbytes)
-        tensors = [
-            (
-                tensor.name,
-                data[tensor.offset : tensor.offset + tensor.nbytes]
-                .view(getattr(torch, tensor.dtype))
-                .view(tensor.shape),
-            )
-            for tensor in bucket.tensors
-        ]
+        # No view of the ring in a variable that the comprehension would close over: see _clear_frames.
+        tensors = [(tensor.name, self._view(bucket, tensor)) for tensor in bucket.tensors]
         self._touched = True
+        self._ring.await_ready(index)
         self._run(tensors)
+        self._ring.mark_given_back(index)
+
+    def _view(self, bucket: messages.BucketLayout, tensor: messages.TensorLayout) -> torch.Tensor:
+        assert self._ring is not None
+        data = self._ring.view(bucket.ring_offset + tensor.offset, tensor.nbytes)
+        return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
     def _expect(self, kind: type[_M], deadline: Deadline, waiting_for: str) -> _M:
-        message = self._connection.receive(deadline, waiting_for)
+        while True:
+            # A parameter server that is there says so every second.
+            silence = deadline.or_after(self._settings.stall_timeout)
+            message = self._connection.receive(silence, waiting_for)
+            if not isinstance(message, messages.StillHere):
+                break
         if isinstance(message, messages.Abort):
+            # Before the goodbye, on which the parameter server frees the ring.
+            self._release()
             with contextlib.suppress(zmq.ZMQError):
                 self._connection.send(messages.Goodbye())
             raise _Aborted(ErrorRecord(error_type="UpdateAborted", message=message.reason))
@@ -332,6 +345,14 @@ class _Receiver:
         with contextlib.suppress(UpdateError, ProtocolError):
             while not isinstance(self._connection.receive(deadline, "the abort"), messages.Abort):
                 pass
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drops the locals of the frames that the error's traceback keeps: they hold views of the ring, which
+    would stay mapped for as long as the engine keeps the error."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class _Aborted(UpdateError):

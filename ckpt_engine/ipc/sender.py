@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from dataclasses import dataclass
+from functools import partial
 
 import zmq
 
@@ -15,7 +16,7 @@ from ckpt_engine.devices import Ring
 from ckpt_engine.errors import ErrorRecord, PeerLost, ProtocolError, UpdateError
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.reactor import Reactor
-from ckpt_engine.ipc.sockets import SocketDirectory, check_peer, listen, tune
+from ckpt_engine.ipc.sockets import IDENTITY_NBYTES, SocketDirectory, check_peer, listen, tune
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class WorkerChannel:
 
     Progress is read from the attributes; a worker's failure or death is raised from the reactor's turn
     that reads it. Made in the stage before the engine is asked to receive; closed by the session.
+
+    A process without a lifeline is a stranger: it gets nothing, and what it says is dropped.
     """
 
     def __init__(
@@ -56,10 +59,14 @@ class WorkerChannel:
         self.finished = False
         self.gone = False  # said goodbye, or died
         self._begin: messages.Begin | None = None
+        self._begun = False
         self._ring: Ring | None = None
         self._abort_frame: bytes | None = None
         self._identity: bytes | None = None
         self._lifelines: list[_Lifeline] = []
+        self._known: set[bytes] = set()  # identities that came over a lifeline
+        self._finishing = False
+        self._told = False  # how the update ended
         self._zmq = zmq_ctx.socket(zmq.ROUTER)
         self._listener: socket.socket | None = None
         try:
@@ -85,20 +92,32 @@ class WorkerChannel:
         self.announced = index
 
     def finish(self) -> None:
+        self._finishing = True
         self._send(messages.Finish())
 
+    def freed(self) -> None:
+        """The ring's memory is free: the worker may run its post hook."""
+        self._send(messages.Freed())
+
+    def beat(self) -> None:
+        """A sign of life, for a worker that waits for something."""
+        if self._begun and not self._told and not self.gone:
+            self._send(messages.StillHere())
+
     def commit(self, version: str) -> None:
+        self._told = True
         self._send(messages.Commit(version))
 
     def abort(self, reason: str) -> bool:
         """Tells every connected worker, and waits until they have left. Returns False when one has not."""
-        self._abort_frame = messages.encode(messages.Abort(reason[: 4 * 1024 * 1024]))
+        self._told = True
+        self._abort_frame = messages.encode(messages.Abort.because(reason))
         for lifeline in self._lifelines:
             self._send_abort(lifeline)
         return self.wait_until_gone()
 
     def _send_abort(self, lifeline: _Lifeline) -> None:
-        if lifeline.identity and self._abort_frame is not None:
+        if lifeline.identity in self._known and self._abort_frame is not None:
             self._zmq.send_multipart([lifeline.identity, self._abort_frame])
 
     def wait_until_gone(self) -> bool:
@@ -140,44 +159,61 @@ class WorkerChannel:
     # What the worker says
 
     def _on_connection(self) -> None:
-        assert self._listener is not None
-        try:
-            sock, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        try:
-            lifeline = _Lifeline(sock, check_peer(sock))
-        except ProtocolError as error:
-            logger.warning("%s", error)
-            sock.close()
-            return
-        sock.setblocking(False)
-        self._lifelines.append(lifeline)
-        self._reactor.add(sock.fileno(), lambda: self._on_lifeline(lifeline))
+        """Accepts everybody who waits."""
+        while self._listener is not None:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            try:
+                lifeline = _Lifeline(sock, check_peer(sock))
+            except ProtocolError as error:
+                logger.warning("%s", error)
+                sock.close()
+                continue
+            sock.setblocking(False)
+            self._lifelines.append(lifeline)
+            self._reactor.add(sock.fileno(), partial(self._on_lifeline, lifeline))
 
-    def _on_lifeline(self, lifeline: _Lifeline) -> None:
+    def _read(self, lifeline: _Lifeline) -> bool:
+        """Reads an identity from it; False at EOF."""
         try:
-            data = lifeline.sock.recv(64)
+            data = lifeline.sock.recv(4096)
         except BlockingIOError:
-            return
+            return True
         except ConnectionError:
             data = b""
-        if data:
-            lifeline.identity += data
-            if self._abort_frame is not None:
-                # Its hello may have overtaken its lifeline.
-                self._send_abort(lifeline)
-            else:
-                self._start()
+        # A worker says no more than that; a stranger may.
+        lifeline.identity = (lifeline.identity + data)[:IDENTITY_NBYTES]
+        if len(lifeline.identity) == IDENTITY_NBYTES:
+            self._known.add(lifeline.identity)
+        return bool(data)
+
+    def _knows(self, identity: bytes) -> bool:
+        """Whether it came over a lifeline. A worker's message may be here before its lifeline was read."""
+        if identity not in self._known:
+            self._on_connection()
+            for lifeline in self._lifelines:
+                self._read(lifeline)
+        return identity in self._known
+
+    def _on_lifeline(self, lifeline: _Lifeline) -> None:
+        if self._read(lifeline):
+            self._start()
             return
         # EOF. Read first what the worker said before it went.
         self._reactor.remove(lifeline.sock.fileno())
         self._lifelines.remove(lifeline)
         lifeline.sock.close()
-        while not self.gone and self._zmq.poll(50):
-            self._on_message()
-        if lifeline.identity == self._identity and not self.gone:
-            self.gone = True
+        lost = False
+        try:
+            while not self.gone and self._zmq.poll(50):
+                self._on_message()
+        finally:
+            # Also after its Failure: nobody must wait for its goodbye.
+            if lifeline.identity == self._identity and not self.gone:
+                self.gone = lost = True
+        if lost:
             message = f"the worker of device {self._uuid} (pid {lifeline.pid}) died or closed its connection"
             raise PeerLost(ErrorRecord(error_type="PeerLost", message=message, device=self._uuid))
 
@@ -187,6 +223,9 @@ class WorkerChannel:
                 frames = self._zmq.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            if not self._knows(frames[0]):
+                logger.warning("dropped a message to %s: its sender has no lifeline", self.handle)
+                continue
             if len(frames) != 2:
                 raise ProtocolError(f"a worker's message has {len(frames)} frames")
             self._take(frames[0], messages.decode_worker_message(frames[1]))
@@ -199,11 +238,12 @@ class WorkerChannel:
             return
         if identity != self._identity:
             raise ProtocolError(f"{type(message).__name__} from a process that has not said hello")
+        if not self._in_turn(message):
+            raise ProtocolError(f"the worker of device {self._uuid} sent {message} out of turn")
         if isinstance(message, messages.Ready):
+            self._ring_of_update().accept_events(message.given_back)
             self.ready = True
         elif isinstance(message, messages.BucketDone):
-            if message.index != self.done + 1 or message.index > self.announced:
-                raise ProtocolError(f"the worker gave back bucket {message.index} out of turn")
             self.done = message.index
         elif isinstance(message, messages.Released):
             self.released = True
@@ -211,6 +251,17 @@ class WorkerChannel:
             self.finished = True
         else:
             self.gone = True
+
+    def _in_turn(self, message: messages.WorkerMessage) -> bool:
+        if isinstance(message, messages.Ready):
+            return self._begun and not self.ready
+        if isinstance(message, messages.BucketDone):
+            return self.done + 1 == message.index <= self.announced
+        if isinstance(message, messages.Released):
+            return self._finishing and not self.released
+        if isinstance(message, messages.Finished):
+            return self.released and not self.finished
+        return self._told
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:
         if hello.protocol != messages.PROTOCOL_VERSION:
@@ -228,16 +279,27 @@ class WorkerChannel:
         self.worker_pid = hello.pid
         self._start()
 
+    def _ring_of_update(self) -> Ring:
+        if self._ring is None:
+            raise ProtocolError("the worker speaks of a ring that it was not given")
+        return self._ring
+
     def _start(self) -> None:
         """Sends Begin once the worker has said hello and its lifeline is there."""
-        if self._begin is None or self._ring is None or self._identity is None or self._abort_frame:
-            return
         lifeline = next((line for line in self._lifelines if line.identity == self._identity), None)
         if lifeline is None:
             return
-        socket.send_fds(lifeline.sock, [b"r"], self._ring.descriptors())
+        if self._abort_frame is not None:
+            self._send_abort(lifeline)  # it came after the others were told
+            return
+        if self._begin is None or self._ring is None:
+            return
+        try:
+            socket.send_fds(lifeline.sock, [b"r"], self._ring.descriptors())
+        except ConnectionError:
+            return  # it died: the reactor reads that from its lifeline
         self._send(self._begin)
-        self._begin = None
+        self._begin, self._begun = None, True
 
     def _failed(self, failure: messages.Failure) -> None:
         record = ErrorRecord(

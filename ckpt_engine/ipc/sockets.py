@@ -34,6 +34,11 @@ MAX_PATH_NBYTES = 107
 """sun_path holds 108 bytes with its closing zero."""
 
 
+IDENTITY_NBYTES = 32
+"""What a worker says on its lifeline: the routing id of its ZeroMQ socket."""
+MAX_DESCRIPTORS = 8
+
+
 class SocketDirectory:
     """A fresh 0700 directory under the user's base directory; removes what dead owners left."""
 
@@ -41,8 +46,11 @@ class SocketDirectory:
         self.base = _private_directory(base or _default_base())
         sweep(self.base)
         self.path = Path(tempfile.mkdtemp(prefix="", dir=self.base))
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        # It gets its name when it is held: another's sweep would take this directory for a dead owner's.
+        made = self.path / "lock.new"
+        self._lock = os.open(made, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        made.rename(self.path / "lock")
         self._check_length()
 
     def _check_length(self) -> None:
@@ -142,7 +150,9 @@ def check_peer(sock: socket.socket) -> int:
     return pid
 
 
-def send_descriptors(sock: socket.socket, payload: bytes, descriptors: list[int]) -> None:
-    """Sends `payload` (not empty) with descriptors attached to its first byte; blocks, briefly."""
-    sent = socket.send_fds(sock, [payload], descriptors) if descriptors else sock.send(payload)
-    sock.sendall(payload[sent:])
+def receive_descriptors(sock: socket.socket, nbytes: int) -> tuple[bytes, list[int]]:
+    """What `recv` gives, and the descriptors that came with it: closed in programs that this one starts."""
+    data, descriptors, _, _ = socket.recv_fds(sock, nbytes, MAX_DESCRIPTORS)
+    for fd in descriptors:
+        os.set_inheritable(fd, False)
+    return data, list(descriptors)

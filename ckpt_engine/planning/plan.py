@@ -16,7 +16,7 @@ from typing import Any
 from ckpt_engine.errors import PlanError
 from ckpt_engine.ipc.messages import BucketLayout, TensorLayout
 from ckpt_engine.metadata import RankMetas, align_up
-from ckpt_engine.planning.ring import RingShape, shape_ring
+from ckpt_engine.planning.ring import RingShape, shape_ring, shape_ring_and_staging
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -62,11 +62,12 @@ class PlannedBucket:
 
 @dataclass(kw_only=True, frozen=True)
 class UpdatePlan:
-    """One update of one checkpoint on every rank."""
+    """One update of one checkpoint. `staging_nbytes`: of each owner's staging buffer, 0 for none."""
 
     checkpoint: str
     ring: RingShape
     buckets: tuple[PlannedBucket, ...]
+    staging_nbytes: int = 0
 
     @cached_property
     def layouts(self) -> tuple[BucketLayout, ...]:
@@ -100,6 +101,7 @@ class UpdatePlan:
             "slots": self.ring.count,
             "slot_bytes": self.ring.slot_nbytes,
             "ring_bytes": self.ring.nbytes,
+            "staging_bytes": self.staging_nbytes,
             "owners": {str(rank): nbytes for rank, nbytes in self.owners().items()},
             "buckets": [
                 {
@@ -169,13 +171,20 @@ def place(buckets: list[Bucket], ring: RingShape) -> tuple[PlannedBucket, ...]:
 
 
 def make_plan(
-    checkpoint: str, metas: Mapping[int, RankMetas], *, slot_nbytes: int, slot_count: int, budget: int
+    checkpoint: str,
+    metas: Mapping[int, RankMetas],
+    *,
+    slot_nbytes: int,
+    slot_count: int,
+    budget: int,
+    staging: bool = False,
 ) -> UpdatePlan:
-    """The plan of an update of every rank.
+    """The plan of an update.
 
     Args:
         slot_nbytes, slot_count: the wanted ring.
-        budget: bytes of device memory that the ring may take on every rank.
+        budget: bytes of device memory that the ring, and the staging buffer, may take on every rank.
+        staging: whether owners copy ahead into staging buffers, if the budget allows.
 
     Raises:
         PlanError: a tensor held twice, nothing held at all, or too little memory.
@@ -197,10 +206,17 @@ def make_plan(
                 total += align_up(tensor.nbytes)
     if not owners:
         raise PlanError(f"checkpoint {checkpoint!r} holds no tensor on any rank")
-    ring = shape_ring(
-        slot_nbytes=slot_nbytes, slot_count=slot_count, largest_tensor=largest, total=total, budget=budget
-    )
+    wanted = {
+        "slot_nbytes": slot_nbytes,
+        "slot_count": slot_count,
+        "largest_tensor": largest,
+        "total": total,
+        "budget": budget,
+    }
+    ring, staging_nbytes = shape_ring_and_staging(**wanted) if staging else (shape_ring(**wanted), 0)
     per_owner = [list(cut_buckets(held, ring.slot_nbytes)) for _, held in sorted(metas.items())]
     # Owners in turn: their copies to the device run at the same time.
     sequence = [bucket for turn in zip_longest(*per_owner) for bucket in turn if bucket is not None]
-    return UpdatePlan(checkpoint=checkpoint, ring=ring, buckets=place(sequence, ring))
+    return UpdatePlan(
+        checkpoint=checkpoint, ring=ring, buckets=place(sequence, ring), staging_nbytes=staging_nbytes
+    )

@@ -55,3 +55,24 @@ def shape_ring(
     if slot * count > budget:
         slot, count = largest, 1
     return RingShape(slot_nbytes=slot, count=count)
+
+
+def shape_ring_and_staging(
+    *, slot_nbytes: int, slot_count: int, largest_tensor: int, total: int, budget: int
+) -> tuple[RingShape, int]:
+    """The ring, and the bytes of each owner's staging buffer beside it.
+
+    A staging buffer holds any bucket: a slot, or the largest tensor. Where the budget does not hold the
+    largest tensor twice there is none (0), and copies and broadcasts take turns.
+
+    Raises:
+        PlanError: not even the largest tensor fits the budget.
+    """
+    largest = align_up(max(largest_tensor, 1))
+    share = budget // (slot_count + 1) // 256 * 256
+    staging = max(largest, min(align_up(max(slot_nbytes, 1)), share))
+    wanted = {"slot_count": slot_count, "largest_tensor": largest_tensor, "total": total}
+    if budget - staging < largest:
+        return shape_ring(slot_nbytes=slot_nbytes, budget=budget, **wanted), 0
+    ring = shape_ring(slot_nbytes=min(slot_nbytes, staging), budget=budget - staging, **wanted)
+    return ring, max(ring.slot_nbytes, largest)

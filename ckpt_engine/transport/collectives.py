@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,11 @@ SLICE = timedelta(milliseconds=20)
 BEYOND_DEADLINE = timedelta(seconds=10)
 """How much later gloo would end a wait by itself: ours names what was waited for."""
 
+_G = TypeVar("_G")
+
+Poll = Callable[[], object]
+"""Called while waiting; what it raises ends the wait."""
+
 
 class Collectives(Protocol):
     """A private group of ranks. All members call in the same order; none touches the default group.
@@ -25,12 +31,11 @@ class Collectives(Protocol):
     vLLM's stateless groups (`vllm_nccl`, `vllm_hccl`) are further implementations of this.
     """
 
-    def broadcast(
-        self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Callable[[], None]
-    ) -> None:
+    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
         """Broadcasts bytes from member `root` (its place in the group) to all members, in place.
 
-        `poll` is called while waiting; what it raises ends the wait.
+        On return the bytes are there, or, on a device with streams, will be before what the current stream
+        does next.
 
         Raises:
             PeerLost: a member's connection broke.
@@ -39,30 +44,29 @@ class Collectives(Protocol):
         ...
 
     def close(self) -> None:
-        """Drops the group: members that still wait in it get PeerLost. Idempotent."""
+        """Drops the group: members that still wait in it get an error. Idempotent."""
         ...
 
 
 class GlooCollectives:
-    """gloo on its own prefix of the store.
+    """gloo on its own prefix of the store; tensors of any device, through host memory.
 
     Its abort does not release a member that waits in a broadcast, so waits are cut into slices; when a
     member drops the group, its closing connections release the others.
     """
 
-    def __init__(self, store: Store, prefix: str, place: int, size: int, deadline: Deadline) -> None:
-        timeout = timedelta(seconds=max(1.0, deadline.remaining))
-        self._group: dist.ProcessGroupGloo | None = dist.ProcessGroupGloo(
-            PrefixStore(prefix, store), place, size, timeout
-        )
-
-    def broadcast(
-        self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Callable[[], None]
+    def __init__(
+        self, store: Store, prefix: str, place: int, size: int, deadline: Deadline, poll: Poll
     ) -> None:
+        timeout = timedelta(seconds=max(1.0, deadline.remaining))
+        made = _in_thread(
+            lambda: dist.ProcessGroupGloo(PrefixStore(prefix, store), place, size, timeout), deadline, poll
+        )
+        self._group: dist.ProcessGroupGloo | None = made
+
+    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
         assert self._group is not None
-        options = dist.BroadcastOptions()
-        options.rootRank = root
-        options.rootTensor = 0
+        options = _options(root)
         # The group outlives the update that made it: its own timeout may be shorter than this deadline.
         options.timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
         work = self._group.broadcast([tensor], options)  # type: ignore[attr-defined]
@@ -72,18 +76,116 @@ class GlooCollectives:
                 work.wait(SLICE)
             poll()
             if deadline.passed and not work.is_completed():
-                record = ErrorRecord(
-                    error_type="UpdateTimeout", message="a broadcast between hosts did not end"
-                )
-                raise UpdateTimeout(record)
+                raise _late("a broadcast between hosts did not end")
         try:
             work.wait()
         except RuntimeError as error:
-            record = ErrorRecord(
-                error_type="PeerLost",
-                message=f"a broadcast between hosts broke: {str(error).splitlines()[0]}",
-            )
-            raise PeerLost(record) from error
+            raise _broken("a broadcast broke", error) from error
 
     def close(self) -> None:
         self._group = None
+
+
+class NcclCollectives:
+    """nccl on its own prefix of the store: one CUDA device for each member."""
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        place: int,
+        size: int,
+        device_index: int,
+        deadline: Deadline,
+        poll: Poll,
+    ) -> None:
+        self._device = torch.device("cuda", device_index)
+        options = dist.ProcessGroupNCCL.Options()
+        # Our own watcher aborts; nccl's must not take the process down with it.
+        options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
+
+        def make() -> dist.ProcessGroupNCCL:
+            torch.cuda.set_device(self._device)
+            group = dist.ProcessGroupNCCL(PrefixStore(prefix, store), place, size, options)
+            # The communicator is made by the first collective: here, where a lost member can be noticed.
+            group.eager_connect_single_device(self._device)
+            return group
+
+        self._group: dist.ProcessGroupNCCL | None = _in_thread(make, deadline, poll)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
+        assert self._group is not None
+        poll()
+        try:
+            # Waiting for nccl's work only makes the current stream wait.
+            self._group.broadcast([tensor], _options(root)).wait()  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            raise _broken("a broadcast could not be enqueued", error) from error
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            # Releases kernels that wait for a member that will never come.
+            group.abort()
+
+
+def make_group(
+    kind: str,
+    store: Store,
+    name: str,
+    place: int,
+    size: int,
+    device_index: int,
+    deadline: Deadline,
+    poll: Poll,
+) -> Collectives:
+    """A group of `size` members, of which this one is number `place`; all of them call it with one `name`.
+
+    Raises:
+        PeerLost: a member is gone.
+        UpdateTimeout: not all came by the deadline.
+    """
+    if kind == "nccl":
+        return NcclCollectives(store, name, place, size, device_index, deadline, poll)
+    return GlooCollectives(store, name, place, size, deadline, poll)
+
+
+def _options(root: int) -> dist.BroadcastOptions:
+    options = dist.BroadcastOptions()
+    options.rootRank = root
+    options.rootTensor = 0
+    return options
+
+
+def _in_thread(make: Callable[[], _G], deadline: Deadline, poll: Poll) -> _G:
+    """Makes a group in a thread: making it waits for every member, and cannot be interrupted.
+
+    After an abort the thread stays behind until torch's own timeout ends it.
+    """
+    made: list[_G] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            made.append(make())
+        except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="ckpt-engine-group", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(SLICE.total_seconds())
+        poll()
+        if deadline.passed and thread.is_alive():
+            raise _late("the ranks did not form a group")
+    if failed:
+        raise _broken("the ranks could not form a group", failed[0]) from failed[0]
+    return made[0]
+
+
+def _late(message: str) -> UpdateTimeout:
+    return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))
+
+
+def _broken(what: str, error: Exception) -> PeerLost:
+    return PeerLost(ErrorRecord(error_type="PeerLost", message=f"{what}: {str(error).splitlines()[0]}"))

@@ -1,319 +1,372 @@
-"""The control plane: one TCPStore, on which ranks meet, exchange what they know, and decide.
+"""The control plane: where ranks meet, exchange what they know, and decide.
 
-Ranks act in *rounds* (a gather or an update). A round's keys, under `r{n}/`:
+Ranks act in *rounds* (a gather or an update). In a round every member brings something and gets what all
+brought; a round of an update ends with one verdict, written by the control server in rank 0's process
+(`control_server`). Each rank has one connection to it: its end is death, on either side.
 
-    x/{rank}   what a rank brings            all      all of it, merged by rank 0 (or: aborted)
-    votes      how many ranks are finished   verdict  the one write that decides (compare-and-set)
-    seen       how many ranks know it
-
-The store's own clients serialise their calls, so a watcher thread waits for the verdict on a clone;
-it ends by itself, because every round that is watched is decided.
+torch's store stands beside it (`bootstrap`): it tells ranks where the control server is, and torch's
+process groups meet on it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
+import secrets
+import select
 import socket
 import threading
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import timedelta
-
-import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import (
-    MAX_TEXT,
     ConfigError,
     ErrorRecord,
     OutcomeUnknown,
+    PeerLost,
     ProtocolError,
     UpdateError,
-    UpdateTimeout,
 )
+from ckpt_engine.transport import control_messages as messages
+from ckpt_engine.transport.bootstrap import MeetingPoint
+from ckpt_engine.transport.control_messages import FrameBuffer, RoundKey, Verdict
+from ckpt_engine.transport.control_server import BEAT_SECONDS, ControlServer
 
-logger = logging.getLogger(__name__)
+__all__ = ["Control", "Round", "Verdict", "error_of"]
 
-CHUNK_NBYTES = 4 * 1024 * 1024
-"""The store refuses values over 8 MiB."""
+ANSWER_SECONDS = 10.0
+"""How long the control server may take to say how a round was decided."""
 EXIT_SECONDS = 10.0
-"""How long rank 0, which serves the store, waits at its end for the others to have read the verdict."""
-
-
-@dataclass(kw_only=True, frozen=True)
-class Verdict:
-    """How a round ended: `record` is None when it committed."""
-
-    version: str | None = None
-    record: ErrorRecord | None = None
-
-    @property
-    def committed(self) -> bool:
-        return self.record is None
-
-    def to_json(self) -> str:
-        return json.dumps({"version": self.version, "record": self.record.to_dict() if self.record else None})
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Verdict:
-        fields = json.loads(text)
-        record = fields["record"]
-        return cls(version=fields["version"], record=ErrorRecord(**record) if record else None)
+"""How long rank 0, which serves the others, waits at its end for them to have read the last verdict."""
 
 
 class Control:
-    """This rank's place on the store. Rank 0 serves it."""
+    """This rank's place on the control plane. Rank 0 serves it.
+
+    Args:
+        meeting_point: where rank 0 says how the control server is reached.
+        stall_seconds: after how long without a sign of life a rank counts as lost.
+
+    Raises:
+        ConfigError: rank 0 cannot serve there, or cannot be reached.
+    """
 
     def __init__(
-        self, *, rank: int, world_size: int, master_addr: str, store_port: int, deadline: Deadline
+        self,
+        meeting_point: MeetingPoint,
+        *,
+        rank: int,
+        world_size: int,
+        deadline: Deadline,
+        stall_seconds: float = 30.0,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self._round = 0
-        self._last: Round | None = None
-        self.past: list[Round] = []  # rounds whose values are still on the store
-        timeout = timedelta(seconds=max(1.0, deadline.remaining))
+        self.store = meeting_point.store
+        self._stall = stall_seconds
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._rounds: dict[RoundKey, Round] = {}
+        self._lost: str | None = None
+        self._news = threading.Condition()
+        self._sending = threading.Lock()
+        self._closing = False
+        self._server: ControlServer | None = None
         try:
             if rank == 0:
-                # Bound to the address that the others use, not to every interface of the host.
-                listener = socket.create_server((master_addr, store_port), backlog=1024)
-                self.port: int = listener.getsockname()[1]
-                self.store = TCPStore(
-                    master_addr,
-                    self.port,
-                    world_size,
-                    is_master=True,
-                    timeout=timeout,
-                    wait_for_workers=False,
-                    master_listen_fd=listener.detach(),
-                )
-            else:
-                self.port = store_port
-                self.store = TCPStore(
-                    master_addr, store_port, world_size, timeout=timeout, wait_for_workers=False
-                )
-        except (OSError, dist.DistError) as error:
+                token = secrets.token_hex(16)
+                self._server = ControlServer(meeting_point.address, world_size, token, stall_seconds)
+                where = {"address": meeting_point.address, "port": self._server.port, "token": token}
+                self.store.set("control", json.dumps(where))
+            self._sock = self._join(deadline)
+        except (OSError, RuntimeError) as error:
+            if self._server is not None:
+                self._server.close(0)
             raise ConfigError(
-                f"rank {rank} cannot {'serve' if rank == 0 else 'reach'} the control store at "
-                f"{master_addr}:{store_port}: {error}. It is MASTER_ADDR and MASTER_PORT + 1 unless "
-                "master_addr and master_port are given"
+                f"rank {rank} cannot {'serve' if rank == 0 else 'reach'} the control server of rank 0 "
+                f"(address {meeting_point.address}): {error}"
             ) from error
-        self._watch_store: Store = self.store.clone()  # type: ignore[attr-defined] # not in torch's stubs
+        self._thread = threading.Thread(target=self._listen, name="ckpt-engine-control", daemon=True)
+        self._thread.start()
 
-    def open_round(self) -> Round:
-        """The next round. Ranks count alike: the n-th call of each rank is the same call.
+    def _join(self, deadline: Deadline) -> socket.socket:
+        self.store.wait(["control"], timedelta(seconds=max(0.001, deadline.remaining)))
+        where = json.loads(self.store.get("control"))
+        address = (where["address"], where["port"])
+        sock = socket.create_connection(address, timeout=max(0.001, deadline.remaining))
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            join = messages.Join(messages.CONTROL_PROTOCOL, where["token"], self.rank, os.getpid())
+            sock.sendall(messages.encode_frame(join))
+            head = sock.recv(len(messages.encode_frame(messages.Welcome())), socket.MSG_WAITALL)
+            if head != messages.encode_frame(messages.Welcome()):
+                raise ConnectionError(
+                    "the control server refused this rank: another process has its number, or is of another "
+                    "version of ckpt-engine"
+                )
+        except BaseException:
+            sock.close()
+            raise
+        # Only sends block: reads wait for news first.
+        sock.settimeout(self._stall)
+        return sock
+
+    def open_round(self, members: Sequence[int] | None = None) -> Round:
+        """The next round of `members` (default: all ranks). Members count alike: the n-th call with the
+        same members is the same call on each of them.
 
         A rank that comes late to a round that was given up finds its verdict there, and raises it.
         """
-        self._round += 1
-        if self._last is not None:
-            self._last.join_watcher()
-            if self.rank == 0:
-                self.past.append(self._last)
-        self._last = Round(self, self._round, self.store, self._watch_store)
-        return self._last
+        ranks = tuple(range(self.world_size)) if members is None else tuple(sorted(set(members)))
+        number = self._numbers[ranks] = self._numbers.get(ranks, 0) + 1
+        round_ = Round(self, RoundKey(ranks, number))
+        with self._news:
+            self._rounds[round_.key] = round_
+        return round_
+
+    @property
+    def lost(self) -> str | None:
+        """Why the control server can no longer be reached, if so."""
+        return self._lost
 
     def close(self) -> None:
-        """Rank 0 keeps the store up until all ranks have left the last round, or a deadline."""
-        last, self._last = self._last, None
-        if last is None:
+        """Says goodbye. Rank 0 first waits for the others to have read the last verdict. Idempotent."""
+        if self._closing:
             return
-        last.join_watcher()
-        if self.rank == 0 and self.world_size > 1:
-            deadline = Deadline.after(EXIT_SECONDS)
-            with contextlib.suppress(dist.DistError):
-                while self.store.add(f"{last.prefix}seen", 0) < self.world_size and not deadline.passed:
-                    time.sleep(0.005)
+        if self._server is not None:
+            with contextlib.suppress(OSError):
+                self._server.close(EXIT_SECONDS)
+        else:
+            with contextlib.suppress(UpdateError):
+                self.send(messages.Goodbye())
+        self._closing = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._sock.close()
+
+    # For rounds
+
+    def send(self, message: messages.RankFrame) -> None:
+        """Raises PeerLost: the control server is gone."""
+        frame = messages.encode_frame(message)
+        with self._sending:
+            try:
+                if self._lost is None:
+                    self._sock.sendall(frame)
+            except OSError as error:
+                self._lose(f"its connection broke ({error})")
+        if self._lost is not None:
+            raise self.gone()
+
+    def gone(self) -> PeerLost:
+        message = f"rank 0, which serves the control plane, is gone: {self._lost}"
+        return PeerLost(ErrorRecord(error_type="PeerLost", message=message))
+
+    def wait(self, round_: Round, deadline: Deadline) -> bool:
+        """Waits until the round met, was decided, or the server is lost; False at the deadline."""
+        with self._news:
+            return self._news.wait_for(
+                lambda: round_.met is not None or round_.verdict is not None or self._lost is not None,
+                deadline.remaining,
+            )
+
+    def wait_for_verdict(self, round_: Round, deadline: Deadline) -> None:
+        with self._news:
+            self._news.wait_for(
+                lambda: round_.verdict is not None or self._lost is not None, deadline.remaining
+            )
+
+    def forget(self, round_: Round) -> None:
+        with self._news:
+            self._rounds.pop(round_.key, None)
+
+    # The thread that listens
+
+    def _listen(self) -> None:
+        frames = FrameBuffer()
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        heard = beaten = time.monotonic()
+        while self._lost is None and not self._closing:
+            try:
+                if poll.poll(BEAT_SECONDS / 2 * 1000):
+                    data = self._sock.recv(1 << 20)
+                    if not data:
+                        raise ConnectionError("it ended, or closed its parameter server")
+                    heard = time.monotonic()
+                    frames.feed(data)
+                    while (body := frames.next()) is not None:
+                        self._take(messages.decode_server_frame(body))
+            except (OSError, ProtocolError, ValueError) as error:
+                self._lose(str(error))
+                return
+            now = time.monotonic()
+            if now - heard > self._stall:
+                self._lose(f"it has not been heard for {now - heard:.1f} s (stopped?)")
+                return
+            if now - beaten >= BEAT_SECONDS:
+                beaten = now
+                # A send at work is a sign of life too.
+                if self._sending.acquire(blocking=False):
+                    self._sending.release()
+                    with contextlib.suppress(UpdateError):
+                        self.send(messages.Beat())
+
+    def _take(self, message: messages.ServerFrame) -> None:
+        if not isinstance(message, messages.Met | messages.Decided):
+            return
+        with self._news:
+            round_ = self._rounds.get(message.round)
+            if round_ is None:
+                return
+            if isinstance(message, messages.Met):
+                round_.met = message
+            else:
+                round_.verdict = message.verdict
+                round_.wake()
+            self._news.notify_all()
+
+    def _lose(self, reason: str) -> None:
+        with self._news:
+            if self._lost is None and not self._closing:
+                self._lost = reason
+            for round_ in self._rounds.values():
+                round_.wake()
+            self._news.notify_all()
 
 
 class Round:
-    """One meeting of all ranks."""
+    """One meeting of some ranks."""
 
-    def __init__(self, control: Control, number: int, store: Store, watch_store: Store) -> None:
-        self.number = number
-        self.prefix = f"r{number}/"
+    def __init__(self, control: Control, key: RoundKey) -> None:
+        self.key = key
+        self.met: messages.Met | None = None
+        self.verdict: Verdict | None = None
         self._control = control
-        self._store = store
-        self._watch_store = watch_store
-        self._watcher: threading.Thread | None = None
-        self._verdict: Verdict | None = None
-        self._lost: str | None = None
-        self._wake_read = -1
-        self._wake_write = -1
+        self._voted = False
+        self._wake_read = self._wake_write = -1
 
-    # Meeting
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self.key.members
 
-    def exchange(self, purpose: str, payload: bytes, deadline: Deadline) -> list[bytes]:
-        """What every rank brought, by rank.
+    @property
+    def name(self) -> str:
+        """Unique among all rounds of all members; known once they have met."""
+        assert self.met is not None
+        return str(self.met.serial)
+
+    def exchange(
+        self, purpose: str, payload: bytes, deadline: Deadline, *, without_lost: bool = False
+    ) -> dict[int, bytes]:
+        """What every member brought, by rank.
 
         Args:
-            purpose: what this rank is doing; all ranks must be doing the same.
+            purpose: what this rank is doing; all members must be doing the same.
             payload: any bytes.
+            without_lost: meet without members that are gone, instead of giving up.
 
         Raises:
-            UpdateTimeout: ranks are missing at the deadline (they are named).
-            UpdateError: a rank aborted the round, or ranks disagree about the purpose.
+            UpdateTimeout: members are missing at the deadline (they are named).
+            PeerLost: a member, or rank 0, is gone.
+            UpdateError: a member gave the round up, or members disagree about the purpose.
         """
-        mine = json.dumps(purpose).encode() + b"\n" + payload
-        self._put(f"x/{self._control.rank}", zlib.compress(mine, 1))
-        if self._control.rank == 0:
-            self._merge(deadline)
-        self._wait_for_all(deadline)
-        blobs = _unpack(zlib.decompress(self._take("all")))
-        purposes = [json.loads(blob.split(b"\n", 1)[0]) for blob in blobs]
-        for rank, other in enumerate(purposes):
-            if other != purpose:
-                raise ProtocolError(
-                    f"ranks are not doing the same: rank {self._control.rank} does {purpose}, "
-                    f"rank {rank} does {other}"
-                )
-        return [blob.split(b"\n", 1)[1] for blob in blobs]
-
-    def _merge(self, deadline: Deadline) -> None:
-        missing = list(range(self._control.world_size))
-        pause = 0.0005
-        while missing:
-            missing = [rank for rank in missing if not self._store.check([f"{self.prefix}x/{rank}"])]
-            if self._store.check([f"{self.prefix}verdict"]):
-                return
-            if missing and deadline.passed:
-                raise self._timeout(f"ranks {missing} did not arrive")
-            if missing:
-                time.sleep(pause)
-                pause = min(0.02, pause * 2)
-        # Every rank has come this far, so none still reads the rounds before.
-        for past in self._control.past:
-            past.forget()
-        self._control.past.clear()
-        blobs = [zlib.decompress(self._take(f"x/{rank}")) for rank in range(self._control.world_size)]
-        self._put("all", zlib.compress(_pack(blobs), 1))
-
-    def _wait_for_all(self, deadline: Deadline) -> None:
-        if self._store.check([f"{self.prefix}verdict"]):
-            self._raise_verdict()
-        with contextlib.suppress(dist.DistStoreError):
-            self._store.wait([f"{self.prefix}all"], timedelta(seconds=max(0.001, deadline.remaining)))
-        if self._store.check([f"{self.prefix}verdict"]):
-            self._raise_verdict()
-        if not self._store.check([f"{self.prefix}all"]):
-            absent = [
-                rank
-                for rank in range(self._control.world_size)
-                if not self._store.check([f"{self.prefix}x/{rank}"])
-            ]
-            # Whose deadline passes first decides for all, and it need not be rank 0's.
-            raise self._timeout(
-                f"ranks {absent} did not arrive" if absent else "rank 0 did not say what all ranks brought"
+        self._control.send(messages.Enter(self.key, purpose, zlib.compress(payload, 1), without_lost))
+        if not self._control.wait(self, deadline):
+            record = ErrorRecord(
+                error_type="UpdateTimeout", message=f"waited for all ranks in {purpose}", stage="begin"
             )
+            raise error_of(self._decided_against(record))
+        self._raise_verdict()
+        if self.met is None:
+            raise self._control.gone()
+        return {
+            rank: zlib.decompress(blob)
+            for rank, blob in zip(self.key.members, self.met.payloads, strict=True)
+            if blob is not None
+        }
 
-    def _timeout(self, message: str) -> UpdateTimeout:
-        return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message, stage="begin"))
+    def _decided_against(self, record: ErrorRecord) -> ErrorRecord:
+        """The server's record of this rank's own error: it knows more, or another's came first."""
+        return self.abort(record).record or record
+
+    @property
+    def lost(self) -> dict[int, str]:
+        """Members that did not come because they are gone, and why."""
+        return dict(self.met.lost) if self.met is not None else {}
 
     # Deciding
 
-    def watch(self, seconds: float) -> int:
-        """Starts watching for the verdict; returns a descriptor that is readable once it is known."""
+    def watch(self) -> int:
+        """A descriptor that is readable once the verdict is known, or can no longer be."""
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._watcher = threading.Thread(
-            target=self._watch, args=(seconds,), name=f"ckpt-engine-round-{self.number}", daemon=True
-        )
-        self._watcher.start()
+        if self.verdict is not None or self._control.lost is not None:
+            self.wake()
         return self._wake_read
 
-    def _watch(self, seconds: float) -> None:
-        key = f"{self.prefix}verdict"
-        try:
-            self._watch_store.wait([key], timedelta(seconds=seconds))
-            self._verdict = Verdict.from_json(self._watch_store.get(key))
-        except (dist.DistError, RuntimeError) as error:
-            self._lost = str(error).splitlines()[0]
-        os.write(self._wake_write, b"v")
+    def wake(self) -> None:
+        """For the thread that listens."""
+        if self._wake_write >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._wake_write, b"v")
 
     def peek(self) -> Verdict | None:
-        """The verdict, if the watcher has seen it.
+        """The verdict, if it is known.
 
         Raises:
-            OutcomeUnknown: the watcher lost the store.
+            PeerLost: rank 0 is gone, and this rank had not voted: nothing can have been committed.
+            OutcomeUnknown: rank 0 is gone after this rank's vote.
         """
-        if self._lost is not None and self._verdict is None:
-            raise _unknown(f"the control store cannot be reached: {self._lost}")
-        return self._verdict
+        if self.verdict is None and self._control.lost is not None:
+            if self._voted:
+                raise _unknown(self._control.gone().record.message)
+            raise self._control.gone()
+        return self.verdict
+
+    def wait_for_verdict(self, deadline: Deadline) -> None:
+        """Until it is known, or can no longer be, or the deadline."""
+        self._control.wait_for_verdict(self, deadline)
 
     def vote(self, version: str) -> None:
-        """This rank is finished; the last one decides."""
-        if self._store.add(f"{self.prefix}votes", 1) == self._control.world_size:
-            self._decide(Verdict(version=version))
+        """This rank is finished; the last vote decides."""
+        self._voted = True
+        self._control.send(messages.Vote(self.key, version))
 
     def abort(self, record: ErrorRecord) -> Verdict:
         """Decides against, unless it is decided already; returns what was decided.
 
         Raises:
-            OutcomeUnknown: the store cannot be reached.
+            OutcomeUnknown: this rank has voted, and rank 0 cannot say what came of it.
         """
-        verdict = self._decide(Verdict(record=_bounded(record)))
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            # Those who wait for the meeting find the verdict.
-            self._store.compare_set(f"{self.prefix}all", "", "0")
-        return verdict
-
-    def _decide(self, verdict: Verdict) -> Verdict:
-        try:
-            decided = self._store.compare_set(f"{self.prefix}verdict", "", verdict.to_json())
-        except (dist.DistError, RuntimeError) as error:
-            raise _unknown(f"the control store cannot be reached: {str(error).splitlines()[0]}") from error
-        return Verdict.from_json(decided)
+        if self.verdict is None:
+            with contextlib.suppress(PeerLost):
+                self._control.send(messages.Abandon(self.key, record.travelling()))
+                self._control.wait_for_verdict(self, Deadline.after(ANSWER_SECONDS))
+        if self.verdict is not None:
+            return self.verdict
+        if self._voted:
+            lost = self._control.lost or f"rank 0 did not answer within {ANSWER_SECONDS:g} s"
+            raise _unknown(f"this rank had voted, and cannot learn the outcome: {lost}")
+        # Without this rank's vote nothing can be committed.
+        return Verdict(record=record)
 
     def _raise_verdict(self) -> None:
-        verdict = Verdict.from_json(self._store.get(f"{self.prefix}verdict"))
-        if verdict.record is not None:
-            raise error_of(verdict.record)
+        if self.verdict is not None and self.verdict.record is not None:
+            raise error_of(self.verdict.record)
 
     def leave(self) -> None:
-        """Lets rank 0 know that this rank has learnt all it needs of this round."""
-        with contextlib.suppress(dist.DistError, RuntimeError):
-            self._store.add(f"{self.prefix}seen", 1)
-
-    # Ending
-
-    def join_watcher(self) -> None:
-        if self._watcher is not None:
-            self._watcher.join(EXIT_SECONDS)
-            # One that still waits will write to its descriptor: by then it may be somebody else's.
-            if not self._watcher.is_alive():
-                os.close(self._wake_read)
-                os.close(self._wake_write)
-            self._watcher = None
-
-    def forget(self) -> None:
-        """Removes what ranks brought (the verdict stays: a late rank must find it). For rank 0."""
-        for rank in range(self._control.world_size):
-            self._delete(f"x/{rank}")
-        self._delete("all")
-
-    # Values of any size
-
-    def _put(self, name: str, value: bytes) -> None:
-        chunks = [value[start : start + CHUNK_NBYTES] for start in range(0, len(value), CHUNK_NBYTES)]
-        for number, chunk in enumerate(chunks):
-            self._store.set(f"{self.prefix}{name}#{number}", chunk)  # type: ignore[arg-type]  # bytes are fine
-        # Not set(): an abort may have come first.
-        self._store.compare_set(f"{self.prefix}{name}", "", str(len(chunks)))
-
-    def _take(self, name: str) -> bytes:
-        count = int(self._store.get(f"{self.prefix}{name}"))
-        return b"".join(self._store.get(f"{self.prefix}{name}#{number}") for number in range(count))
-
-    def _delete(self, name: str) -> None:
-        if self._store.check([f"{self.prefix}{name}"]):
-            # The name itself stays: nobody may wait in vain for it.
-            for number in range(int(self._store.get(f"{self.prefix}{name}"))):
-                self._store.delete_key(f"{self.prefix}{name}#{number}")
+        """This rank has learnt all it needs of this round. Idempotent."""
+        self._control.forget(self)
+        with contextlib.suppress(PeerLost):
+            self._control.send(messages.Left(self.key))
+        for fd in (self._wake_read, self._wake_write):
+            if fd >= 0:
+                os.close(fd)
+        self._wake_read = self._wake_write = -1
 
 
 def error_of(record: ErrorRecord, touched: bool | None = None) -> UpdateError:
@@ -322,31 +375,5 @@ def error_of(record: ErrorRecord, touched: bool | None = None) -> UpdateError:
     return kinds.get(record.error_type, UpdateError)(record, touched=touched)
 
 
-def _bounded(record: ErrorRecord) -> ErrorRecord:
-    """The store refuses values over 8 MiB by closing the connection, and then nothing can be decided."""
-    names = [name[:1024] for name in record.tensors]
-    return replace(
-        record,
-        message=record.message[:MAX_TEXT],
-        traceback=record.traceback[-MAX_TEXT:],
-        # As in a worker's Failure: the ends of a bucket are enough to find it.
-        tensors=names if len(names) <= 64 else [*names[:32], *names[-32:]],
-    )
-
-
 def _unknown(message: str) -> OutcomeUnknown:
     return OutcomeUnknown(ErrorRecord(error_type="OutcomeUnknown", message=message, stage="decide"))
-
-
-def _pack(blobs: Sequence[bytes]) -> bytes:
-    header = json.dumps([len(blob) for blob in blobs]).encode()
-    return header + b"\n" + b"".join(blobs)
-
-
-def _unpack(data: bytes) -> list[bytes]:
-    header, _, body = data.partition(b"\n")
-    blobs, start = [], 0
-    for nbytes in json.loads(header):
-        blobs.append(body[start : start + nbytes])
-        start += nbytes
-    return blobs

@@ -13,30 +13,56 @@ it from the owner's host. EOF on a link is a dead rank.
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import os
 import socket
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import Ring, open_ring
+from ckpt_engine.devices import Ring, RingMemory, open_shared_ring
 from ckpt_engine.devices.handles import SharedMemoryRing
 from ckpt_engine.errors import ErrorRecord, PeerLost, ProtocolError, UpdateTimeout
 from ckpt_engine.ipc.reactor import Reactor
-from ckpt_engine.ipc.sockets import check_peer, listen
+from ckpt_engine.ipc.sockets import check_peer, listen, receive_descriptors
 
 _NOTE = struct.Struct("<BI")
 STAGED, COPIED = 1, 2
+MAX_HELLO_NBYTES = 4096
+POLL_SECONDS = 0.05
+HELLO_SECONDS = 5.0
+"""How long one who connects may take to say who it is: no other is accepted meanwhile."""
+REPLY_SECONDS = 30.0
+"""How long a rank that listens may take to answer: it may be busy with all others."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class _Link:
     rank: int
     sock: socket.socket
-    ring: Ring
+    ring: RingMemory
     pending: bytes = b""
+
+
+class _Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A line of JSON, with the ring's descriptors attached. `token` names the update."""
+
+    rank: int
+    token: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Meeting:
+    """How long a wait may take; `poll` is called while it lasts and may raise."""
+
+    deadline: Deadline
+    poll: Callable[[], None]
 
 
 class HostLinks:
@@ -74,7 +100,8 @@ class HostLinks:
             poll: called while waiting; what it raises ends the wait.
         """
         self._on_note = on_note
-        hello = json.dumps({"rank": self.rank, "token": token, "nbytes": ring.nbytes}).encode() + b"\n"
+        hello = _Hello(rank=self.rank, token=token, nbytes=ring.nbytes)
+        meeting = _Meeting(deadline, poll)
         # Lower ranks listen, higher ranks connect: one link for each pair. All listened before they met.
         for rank in sorted(other for other in paths if other < self.rank):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -83,7 +110,7 @@ class HostLinks:
             except OSError as error:
                 sock.close()
                 raise _lost(rank, f"cannot connect to {paths[rank]}: {error}") from error
-            self._swap(sock, hello, ring, token, rank, deadline)
+            self._join(sock, rank, hello, ring, meeting)
         expected = {other for other in paths if other > self.rank}
         while not expected <= self._links.keys():
             poll()
@@ -93,11 +120,11 @@ class HostLinks:
                 raise UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message, stage="begin"))
             accepted = self._accept()
             if accepted is not None:
-                self._swap(accepted, hello, ring, token, None, deadline)
+                self._welcome(accepted, expected - self._links.keys(), hello, ring, meeting)
 
     def _accept(self) -> socket.socket | None:
         assert self._listener is not None
-        self._listener.settimeout(0.05)
+        self._listener.settimeout(POLL_SECONDS)
         try:
             sock, _ = self._listener.accept()
         except TimeoutError:
@@ -109,53 +136,72 @@ class HostLinks:
             return None
         return sock
 
-    def _swap(
-        self,
-        sock: socket.socket,
-        hello: bytes,
-        ring: Ring,
-        token: str,
-        rank: int | None,
-        deadline: Deadline,
-    ) -> None:
-        theirs: list[int] = []
+    def _join(self, sock: socket.socket, rank: int, mine: _Hello, ring: Ring, meeting: _Meeting) -> None:
+        """Swaps rings with `rank`, which listens."""
         try:
-            sock.settimeout(max(0.01, min(30.0, deadline.remaining)))
-            socket.send_fds(sock, [hello], ring.descriptors())
-            data = b""
-            while not data.endswith(b"\n"):
-                part, fds, _, _ = socket.recv_fds(sock, 4096, 4)
-                theirs += fds
-                if not part:
-                    raise ConnectionError("closed")
-                data += part
-            fields = json.loads(data)
-            if fields["token"] != token or (rank is not None and fields["rank"] != rank):
-                raise ProtocolError(f"a rank of another update connected: {fields}")
-            mapped = open_ring(SharedMemoryRing(int(fields["nbytes"])), theirs, writable=False)
-        except OSError as error:
-            _close_all(theirs)
+            _say_hello(sock, mine, ring)
+            theirs, descriptors = _hear_hello(sock, REPLY_SECONDS, meeting)
+        except _NotARankError as error:
             sock.close()
             raise _lost(rank, f"the exchange of rings failed: {error}") from error
         except BaseException:
             sock.close()
             raise
+        if (theirs.token, theirs.rank) != (mine.token, rank):
+            _close_all(descriptors)
+            sock.close()
+            raise ProtocolError(f"rank {rank}'s socket belongs to rank {theirs.rank} or another update")
+        self._link(sock, theirs, descriptors)
+
+    def _welcome(
+        self, sock: socket.socket, ranks: set[int], mine: _Hello, ring: Ring, meeting: _Meeting
+    ) -> None:
+        """Swaps rings with one of `ranks`. Anybody else is sent away, and gets nothing."""
+        try:
+            theirs, descriptors = _hear_hello(sock, HELLO_SECONDS, meeting)
+        except _NotARankError as error:
+            logger.warning("refused a connection to %s: %s", self._path, error)
+            sock.close()
+            return
+        except BaseException:
+            sock.close()
+            raise
+        if theirs.token != mine.token or theirs.rank not in ranks:
+            logger.warning("refused a connection to %s: it is of another update", self._path)
+            _close_all(descriptors)
+            sock.close()
+            return
+        try:
+            _say_hello(sock, mine, ring)
+        except _NotARankError as error:
+            _close_all(descriptors)
+            sock.close()
+            raise _lost(theirs.rank, f"the exchange of rings failed: {error}") from error
+        self._link(sock, theirs, descriptors)
+
+    def _link(self, sock: socket.socket, theirs: _Hello, descriptors: list[int]) -> None:
+        try:
+            mapped = open_shared_ring(SharedMemoryRing(theirs.nbytes), descriptors, writable=False)
+        except BaseException:
+            sock.close()
+            raise
         sock.setblocking(False)
-        link = _Link(int(fields["rank"]), sock, mapped)
+        link = _Link(theirs.rank, sock, mapped)
         self._links[link.rank] = link
         self._reactor.add(sock.fileno(), lambda: self._on_readable(link))
 
-    def ring_of(self, rank: int) -> Ring:
+    def ring_of(self, rank: int) -> RingMemory:
         """Another rank's ring, read-only."""
         return self._links[rank].ring
 
     def tell(self, rank: int, kind: int, bucket: int) -> None:
         link = self._links[rank]
         try:
-            # Five bytes: a full socket buffer means a rank that has not read for thousands of buckets.
+            # At most one note for each slot is on its way. A socket's buffer takes near 280 notes (each of
+            # them counts as a packet), so that only a ring of more slots than that could fill it.
             link.sock.sendall(_NOTE.pack(kind, bucket))
         except OSError as error:
-            raise _lost(rank, f"it closed its link: {error}") from error
+            raise _lost(rank, f"its link is closed or full: {error}") from error
 
     def _on_readable(self, link: _Link) -> None:
         try:
@@ -195,9 +241,55 @@ class HostLinks:
                 os.unlink(self._path)
 
 
-def _lost(rank: int | None, message: str) -> PeerLost:
-    who = "a rank of this host" if rank is None else f"rank {rank}"
-    return PeerLost(ErrorRecord(error_type="PeerLost", message=f"{who} is gone: {message}"))
+class _NotARankError(Exception):
+    """The other end is gone, silent, or somebody else. (An error of `poll` is none of these.)"""
+
+
+def _say_hello(sock: socket.socket, mine: _Hello, ring: Ring) -> None:
+    sock.settimeout(REPLY_SECONDS)
+    try:
+        socket.send_fds(sock, [msgspec.json.encode(mine) + b"\n"], ring.descriptors())
+    except OSError as error:
+        raise _NotARankError(str(error)) from error
+
+
+def _hear_hello(sock: socket.socket, seconds: float, meeting: _Meeting) -> tuple[_Hello, list[int]]:
+    """Who is at the other end, and the descriptors that came along: the caller's to close."""
+    deadline = meeting.deadline.or_after(seconds)
+    data, descriptors = b"", list[int]()
+    sock.settimeout(POLL_SECONDS)
+    try:
+        while not data.endswith(b"\n"):
+            meeting.poll()
+            if deadline.passed:
+                raise _NotARankError(f"no hello within {seconds} s")
+            try:
+                part, fds = receive_descriptors(sock, MAX_HELLO_NBYTES)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise _NotARankError(str(error)) from error
+            descriptors += fds
+            data += part
+            if not part:
+                raise _NotARankError("it closed the connection")
+            if len(data) > MAX_HELLO_NBYTES:
+                raise _NotARankError(f"a hello of over {MAX_HELLO_NBYTES} bytes")
+        return _decode(data), descriptors
+    except BaseException:
+        _close_all(descriptors)
+        raise
+
+
+def _decode(line: bytes) -> _Hello:
+    try:
+        return msgspec.json.decode(line, type=_Hello)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _NotARankError(f"not a rank's hello: {error}") from None
+
+
+def _lost(rank: int, message: str) -> PeerLost:
+    return PeerLost(ErrorRecord(error_type="PeerLost", message=f"rank {rank} is gone: {message}"))
 
 
 def _close_all(descriptors: list[int]) -> None:

@@ -8,41 +8,44 @@ so it is interrupted in any wait.
 from __future__ import annotations
 
 import logging
-import secrets
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
-import zmq
 
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import Device, Ring
+from ckpt_engine.devices import Ring
 from ckpt_engine.errors import (
     CheckpointError,
     ConfigError,
     ErrorRecord,
     OutcomeUnknown,
-    ProtocolError,
+    PeerLost,
     UpdateError,
     UpdateTimeout,
 )
 from ckpt_engine.ipc.messages import Begin
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
-from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas
 from ckpt_engine.planning.plan import UpdatePlan, make_plan
-from ckpt_engine.settings import Settings
-from ckpt_engine.transport.collectives import Collectives, GlooCollectives
-from ckpt_engine.transport.control import Control, Round, Verdict, error_of
+from ckpt_engine.transport.collectives import Collectives, make_group
+from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
-from ckpt_engine.update.pipeline import Hosts, Pipeline
+from ckpt_engine.update.device_movers import DirectMover, GroupMover, Mover
+from ckpt_engine.update.host_mover import HostMover, Hosts
+from ckpt_engine.update.introduction import Meeting, Rank, introduce
+from ckpt_engine.update.part import Part
+from ckpt_engine.update.pipeline import Pipeline
 from ckpt_engine.update.request import EngineRequest, SocketPaths
 
 logger = logging.getLogger(__name__)
+
+CAUSE_SECONDS = 0.5
+"""How long a rank that lost another one waits to hear why."""
 
 Progress = Callable[[int, int], object]
 """Called with (bytes given back by this rank's worker, bytes in all)."""
@@ -62,47 +65,15 @@ class UpdateReport:
     stages: dict[str, float]
 
 
-class _Introduction(msgspec.Struct, frozen=True):
-    """What a rank tells the others at the start of an update."""
-
-    host: str
-    device_uuid: str
-    handle: str
-    peer_path: str
-    free_memory: int
-    slot_nbytes: int
-    slot_count: int
-    metas_digest: str
-    token: str
-    between_hosts: str
-
-
-@dataclass(kw_only=True)
-class Rank:
-    """What a rank keeps between updates."""
-
-    rank: int
-    settings: Settings
-    mem_fraction: float
-    device: Device
-    control: Control
-    directory: SocketDirectory
-    zmq_ctx: zmq.Context[zmq.Socket[bytes]]
-    between_hosts: Collectives | None = None
-    between_hosts_name: str = ""
-
-    def drop_groups(self) -> None:
-        """Groups are not used again after an abort: a member may still wait in them."""
-        if self.between_hosts is not None:
-            self.between_hosts.close()
-        self.between_hosts, self.between_hosts_name = None, ""
-
-
 @dataclass(kw_only=True)
 class UpdateSession:
-    """Runs one update. `prepare` returns this rank's share, the metas and their digest, or raises."""
+    """Runs one update of `members`, of whom this rank is one.
+
+    `prepare` returns this rank's share, the metas and their digest, or raises.
+    """
 
     me: Rank
+    members: tuple[int, ...]
     checkpoint_name: str
     prepare: Callable[[], tuple[HostCheckpoint | None, Metas, str]]
     req_func: Callable[[SocketPaths], object]
@@ -117,7 +88,9 @@ class UpdateSession:
     _links: HostLinks | None = None
     _ring: Ring | None = None
     _request: EngineRequest | None = None
+    _mover: Mover | None = None
     _pipeline: Pipeline | None = None
+    _stuck: bool = False
     _verdict: Verdict | None = None
 
     def run(self) -> UpdateReport:
@@ -127,7 +100,7 @@ class UpdateSession:
             UpdateError: it did not commit; the same record on every rank.
             PublishError: it did, but `req_func` failed.
         """
-        round_ = self.me.control.open_round()
+        round_ = self.me.control.open_round(self.members)
         try:
             try:
                 plan = self._begin(round_)
@@ -138,9 +111,8 @@ class UpdateSession:
                 verdict = self._abort(round_, error)
             self._commit(verdict)
         finally:
-            round_.leave()
             self._close()
-            round_.join_watcher()
+            round_.leave()
         return UpdateReport(
             checkpoint=self.checkpoint_name,
             version=str(verdict.version),
@@ -163,99 +135,109 @@ class UpdateSession:
         """Meets the other ranks, makes the plan, the ring and the links, and asks the engine."""
         me = self.me
         checkpoint, metas, digest = self.prepare()
-        self._channel = WorkerChannel(me.zmq_ctx, me.directory, me.device.uuid(), self._reactor)
+        self._channel = channel = WorkerChannel(me.zmq_ctx, me.directory, me.device.uuid(), self._reactor)
         self._links = HostLinks(me.directory.peer_path, me.rank, self._reactor)
-        mine = _Introduction(
-            host=me.settings.host_id,
-            device_uuid=me.device.uuid(),
-            handle=self._channel.handle,
-            peer_path=me.directory.peer_path,
-            free_memory=int(me.device.free_memory() * me.mem_fraction),
-            slot_nbytes=me.settings.slot_nbytes,
-            slot_count=me.settings.slot_count,
-            metas_digest=digest,
-            token=secrets.token_hex(16),
-            between_hosts=me.between_hosts_name,
-        )
-        blobs = round_.exchange(f"update({self.checkpoint_name!r})", msgspec.json.encode(mine), self.deadline)
+        mine = msgspec.json.encode(introduce(me, channel.handle, digest))
+        blobs = round_.exchange(f"update({self.checkpoint_name!r})", mine, self.deadline)
         self._met = True
-        ranks = [msgspec.json.decode(blob, type=_Introduction) for blob in blobs]
-        wake = round_.watch(self.deadline.remaining + 60)
+        wake = round_.watch()
         self._reactor.add(wake, lambda: self._on_verdict(round_, wake))
-        _check_agreement(me.rank, ranks)
-        hosts = Hosts.of({rank: other.host for rank, other in enumerate(ranks)})
+        meeting = Meeting.of(round_.name, blobs)
+        meeting.check(me.rank)
         plan = make_plan(
             self.checkpoint_name,
             metas,
-            slot_nbytes=min(other.slot_nbytes for other in ranks),
-            slot_count=min(other.slot_count for other in ranks),
-            # Ranks of a host share its memory.
-            budget=min(other.free_memory // len(hosts.local_ranks(rank)) for rank, other in enumerate(ranks)),
+            slot_nbytes=meeting.slot_nbytes,
+            slot_count=meeting.slot_count,
+            budget=meeting.budget,
+            # In host memory owners stage in their rings, from which the others copy.
+            staging=len(meeting.members) > 1 and not meeting.in_host_memory,
         )
-        self._ring = me.device.allocate_ring(plan.ring.nbytes)
-        self._pipeline = Pipeline(
+        _check_owners(plan, meeting.members)
+        self._ring = me.device.allocate_ring(plan.ring.nbytes, plan.ring.count)
+        part = Part(
             plan=plan,
             rank=me.rank,
-            hosts=hosts,
             checkpoint=checkpoint,
             device=me.device,
             ring=self._ring,
-            channel=self._channel,
-            links=self._links,
-            between_hosts=self._group_between(round_, hosts, ranks),
+            channel=channel,
             reactor=self._reactor,
             deadline=self.deadline,
             reply_timeout=me.settings.reply_timeout,
-            progress=self._progress_of(plan),
         )
-        self._channel.begin(
+        channel.begin(
             Begin(
-                session=ranks[0].token,
+                session=meeting.token,
                 checkpoint=self.checkpoint_name,
-                version=str(round_.number),
+                version=meeting.name,
                 ring=self._ring.handle(),
                 buckets=plan.layouts,
                 budget=self.deadline.remaining,
             ),
             self._ring,
         )
-        self._request = EngineRequest(self.req_func, [(other.device_uuid, other.handle) for other in ranks])
-        request = self._request
+        self._reactor.every_second(channel.beat)
+        paths = [(other.device_uuid, other.handle) for other in meeting.by_rank.values()]
+        self._request = request = EngineRequest(self.req_func, paths)
         self._reactor.add(request.fileno(), lambda: self._on_request(request))
-        local = {rank: ranks[rank].peer_path for rank in hosts.local_ranks(me.rank) if rank != me.rank}
-        if local:
+        self._mover = self._make_mover(part, meeting)
+        self._pipeline = Pipeline(part, self._mover, self._progress_of(plan))
+        return plan
+
+    def _make_mover(self, part: Part, meeting: Meeting) -> Mover:
+        """The way of buckets into this ring, which follows from who the members are."""
+        me = self.me
+        if len(meeting.members) == 1:
+            return DirectMover(part)
+        if not meeting.in_host_memory:
+            kind = "gloo" if meeting.devices_shared else me.device.collectives
+            group = self._group(meeting, meeting.members, kind)
+            assert group is not None
+            return GroupMover(part, meeting.members, group)
+        assert self._links is not None
+        hosts = Hosts.of(meeting.hosts())
+        leaders = self._group(meeting, hosts.leaders, "gloo")
+        mover = HostMover(part, hosts, self._links, leaders)
+        local = hosts.local_ranks(me.rank)
+        if len(local) > 1:
             self._links.connect(
-                local,
-                ranks[0].token,
-                self._ring,
-                self._pipeline.on_note,
+                {rank: meeting.by_rank[rank].peer_path for rank in local if rank != me.rank},
+                meeting.token,
+                part.ring,
+                mover.on_note,
                 self.deadline,
                 poll=lambda: self._reactor.turn(0),
             )
-        return plan
+        return mover
+
+    def _group(self, meeting: Meeting, members: tuple[int, ...], kind: str) -> Collectives | None:
+        """The members' group, kept from the last update if every member still has it."""
+        me = self.me
+        if len(members) == 1 or me.rank not in members:
+            me.drop_groups()
+            return None
+        names = {meeting.by_rank[member].group_name for member in members}
+        like = f"{kind}-{'-'.join(map(str, members))}-"
+        if len(names) > 1 or not me.group_name.startswith(like):
+            me.drop_groups()
+            name = like + meeting.name
+            me.group = make_group(
+                kind,
+                me.control.store,
+                name,
+                members.index(me.rank),
+                len(members),
+                me.device.index,
+                self.deadline,
+                poll=lambda: self._reactor.turn(0),
+            )
+            me.group_name = name
+        return me.group
 
     def _progress_of(self, plan: UpdatePlan) -> Callable[[int], object]:
         tell = self.progress
         return (lambda nbytes: tell(nbytes, plan.nbytes)) if tell else (lambda nbytes: None)
-
-    def _group_between(
-        self, round_: Round, hosts: Hosts, ranks: Sequence[_Introduction]
-    ) -> Collectives | None:
-        """The leaders' group, kept from the last update if every leader still has it."""
-        me = self.me
-        if len(hosts.leaders) == 1 or me.rank not in hosts.leaders:
-            me.drop_groups()
-            return None
-        names = {ranks[leader].between_hosts for leader in hosts.leaders}
-        if len(names) > 1 or not me.between_hosts_name:
-            me.drop_groups()
-            name = f"between-hosts-{round_.number}-{'-'.join(map(str, hosts.leaders))}"
-            place = hosts.leaders.index(me.rank)
-            me.between_hosts = GlooCollectives(
-                me.control.store, name, place, len(hosts.leaders), self.deadline
-            )
-            me.between_hosts_name = name
-        return me.between_hosts
 
     def _handshake(self) -> None:
         self._enter("handshake")
@@ -275,19 +257,32 @@ class UpdateSession:
         assert self._channel is not None
         channel = self._channel
         channel.finish()
-        for stage, done in (
-            ("release", lambda: channel.released),
-            ("post_hook", lambda: channel.finished),
-        ):
-            self._enter(stage)
-            if not self._reactor.wait(done, self.deadline):
-                raise self._timeout("the worker did not answer")
+        self._enter("release")
+        self._wait_for(lambda: channel.released)
+        # All that was enqueued has happened, or it failed: then nobody may commit.
+        self.me.device.synchronize()
+        self._free_memory()
+        channel.freed()
+        self._enter("post_hook")
+        self._wait_for(lambda: channel.finished)
         self._enter("decide")
-        round_.vote(str(round_.number))
+        round_.vote(round_.name)
         if not self._reactor.wait(lambda: self._verdict is not None, self.deadline):
             raise self._timeout("not every rank finished")
         assert self._verdict is not None
         return self._verdict
+
+    def _wait_for(self, done: Callable[[], bool]) -> None:
+        """For the worker, which has `reply_timeout` for each of its steps."""
+        if not self._reactor.wait(done, self.deadline.or_after(self.me.settings.reply_timeout)):
+            raise self._timeout("the worker did not answer: it is stopped, or stuck in the engine's own code")
+
+    def _free_memory(self) -> None:
+        if self._mover is not None:
+            self._mover.close()
+        if self._ring is not None:
+            self._ring.close()
+        self.me.device.collect()
 
     def _commit(self, verdict: Verdict) -> None:
         """Tells the worker, and waits for `req_func`."""
@@ -324,6 +319,9 @@ class UpdateSession:
             elapsed=time.monotonic() - self._started,
         )
         touched = self._channel is not None and self._channel.touched
+        if isinstance(error, PeerLost) and error.record.device is None:
+            # A rank that fails closes its links: its own error, on its way, tells more than their end.
+            round_.wait_for_verdict(Deadline.after(CAUSE_SECONDS))
         try:
             verdict = round_.abort(record)
         except OutcomeUnknown as unknown:
@@ -350,6 +348,7 @@ class UpdateSession:
                 self.me.device.uuid(),
                 self._channel.worker_pid,
             )
+            self._stuck = self.me.device.type != "cpu" and not self._channel.gone
 
     def _timeout(self, message: str) -> UpdateTimeout:
         return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message, stage=self._stage))
@@ -364,8 +363,16 @@ class UpdateSession:
             self._request.close()
         if self._links is not None:
             self._links.close()
-        if self._ring is not None:
-            self._ring.close()
+        if self._stuck:
+            logger.error(
+                "%d bytes on device %s stay taken: the worker may still read them",
+                self._ring.nbytes if self._ring is not None else 0,
+                self.me.device.uuid(),
+            )
+        else:
+            self._free_memory()
+        if self.me.settings.release_groups:
+            self.me.drop_groups()
 
 
 def _clear_frames(error: BaseException | None) -> None:
@@ -376,9 +383,11 @@ def _clear_frames(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-def _check_agreement(rank: int, ranks: Sequence[_Introduction]) -> None:
-    for other, introduction in enumerate(ranks):
-        if introduction.metas_digest != ranks[rank].metas_digest:
-            raise ProtocolError(
-                f"rank {rank} and rank {other} have gathered different metas: call gather_metas on all ranks"
-            )
+def _check_owners(plan: UpdatePlan, members: tuple[int, ...]) -> None:
+    outside = sorted(plan.owners().keys() - set(members))
+    if outside:
+        raise ConfigError(
+            f"ranks {list(members)} are to be updated, but ranks {outside} hold a part of "
+            f"{plan.checkpoint!r}: reading it from them needs P2P, which is not in this version. Update all "
+            "ranks, or register the whole checkpoint on those that are updated"
+        )

@@ -8,6 +8,7 @@ import pytest
 
 from tests.integration.conftest import World
 
+THREADS_BETWEEN_UPDATES = ("MainThread", "ckpt-engine-control", "ckpt-engine-control-server")
 AN_ERROR_IS_PROMPT_SECONDS = 20.0
 """Far below the update's timeout (60 s) and every deadline; far above what a loaded machine needs."""
 
@@ -56,7 +57,10 @@ def test_a_workers_error_reaches_every_rank(world: World, scenario: str, stage: 
         assert entry["error"] == "UpdateError"
         assert entry["record"] == first["record"], "every rank must report the same cause"
         assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
-        assert entry["worker"]["status"]["outcome"] == "failed", "every worker must have left its loop"
+        # A rank that learns of the abort while it meets the others does not ask its engine at all.
+        if entry["asked"]:
+            assert entry["worker"]["status"]["outcome"] == "failed", "every worker must have left its loop"
+    assert any(entry["asked"] for entry in entries)
     assert first["record"]["stage"] == stage
     if stage != "handshake":
         assert first["record"]["rank"] == world.size - 1
@@ -149,7 +153,7 @@ def test_nothing_is_left_behind(world: World) -> None:
         for scenario, entry in rank.items():
             if scenario == "expected":
                 continue
-            assert entry["threads"] == ["MainThread"], scenario
+            assert not [t for t in entry["threads"] if t not in THREADS_BETWEEN_UPDATES], scenario
             assert entry["sockets"] in ([], ["lock"]), scenario
         # Process-wide: the groups, the store and a round's pipe may come and go; a leak would add up.
         assert rank["tensors"]["fds"] <= rank["first"]["fds"] + 8

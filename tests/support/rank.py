@@ -42,6 +42,7 @@ class Worker:
         )
         self.pid = self._read()["pid"]
         self.last: dict[str, Any] = {}
+        self.asked = False
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -52,6 +53,7 @@ class Worker:
 
     def update(self, handles: list[tuple[str, str]], fault: dict[str, Any] | None) -> None:
         assert self.process.stdin is not None
+        self.asked = True
         self.process.stdin.write(json.dumps({"handles": handles, "fault": fault}) + "\n")
         self.process.stdin.flush()
         self.last = self._read()
@@ -74,6 +76,7 @@ class Rank:
         """Runs `call`, and writes down how it ended."""
         started = time.monotonic()
         entry: dict[str, Any] = {"error": None}
+        self.worker.asked = False
         try:
             report = call()
             if report is not None:
@@ -86,6 +89,7 @@ class Rank:
                 entry["touched"] = error.touched
         entry["seconds"] = time.monotonic() - started
         entry["worker"] = self.worker.last
+        entry["asked"] = self.worker.asked
         entry["threads"] = [thread.name for thread in threading.enumerate()]
         entry["sockets"] = sorted(os.listdir(self.ps._me.directory.path)) if self.ps._me else []
         entry["fds"] = len(os.listdir("/proc/self/fd"))

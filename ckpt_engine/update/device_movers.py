@@ -1,0 +1,112 @@
+"""How a bucket gets into this rank's ring, on devices of their own: a lone rank's copy, or a broadcast.
+
+A mover only enqueues; the ring's *ready* event says when the bytes are there. `HostMover` (host_mover.py)
+is the third of them, for ranks whose rings lie in host memory.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Protocol
+
+from ckpt_engine.devices import Staging
+from ckpt_engine.planning.plan import PlannedBucket
+from ckpt_engine.transport.collectives import Collectives
+from ckpt_engine.update.part import Part, at_work_on
+
+
+class Mover(Protocol):
+    """Moves buckets to this rank's ring; every rank calls `deliver` for every bucket, in sequence."""
+
+    def stage_ahead(self) -> None:
+        """Copies buckets that this rank owns ahead of their turn, as far as there is room. Cheap if not."""
+        ...
+
+    def wait_for_readers(self, index: int) -> None:
+        """Until no other rank reads bucket `index` from this rank's ring any more."""
+        ...
+
+    def deliver(self, item: PlannedBucket) -> None:
+        """Brings the bucket into this rank's ring, and marks it ready. Its slots are free."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class DirectMover:
+    """For a lone rank: host memory to slot."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+
+    def stage_ahead(self) -> None: ...
+
+    def wait_for_readers(self, index: int) -> None: ...
+
+    def deliver(self, item: PlannedBucket) -> None:
+        part = self._part
+        with part.device.use_copy_stream():
+            part.await_slots(item)
+            part.copy_from_host(item, part.slots(item))
+            part.ring.mark_ready(item.index)
+
+    def close(self) -> None: ...
+
+
+class GroupMover:
+    """For ranks with a device each: the owner's copy to its device, then a broadcast among them.
+
+    With a staging buffer an owner copies its next bucket while others broadcast theirs, so that all owners'
+    copies run at the same time; without one (too little memory) copies and broadcasts take turns.
+    """
+
+    def __init__(self, part: Part, members: tuple[int, ...], group: Collectives) -> None:
+        self._part = part
+        self._members = members
+        self._group = group
+        self._own = deque(item for item in part.plan.buckets if item.owner == part.rank)
+        self._filled: PlannedBucket | None = None
+        self._staging: Staging | None = None
+        if self._own and part.plan.staging_nbytes:
+            self._staging = part.device.allocate_staging(part.plan.staging_nbytes)
+
+    def stage_ahead(self) -> None:
+        if self._staging is None or self._filled is not None or not self._own:
+            return
+        item = self._own.popleft()
+        with at_work_on(item), self._part.device.use_copy_stream():
+            self._part.copy_from_host(item, self._staging.fill()[: item.nbytes])
+            self._staging.mark_filled()
+        self._filled = item
+
+    def wait_for_readers(self, index: int) -> None: ...
+
+    def deliver(self, item: PlannedBucket) -> None:
+        part = self._part
+        self.stage_ahead()
+        with part.device.use_broadcast_stream():
+            part.await_slots(item)
+            slots = part.slots(item)
+            if item.owner == part.rank:
+                self._bring(item)
+            self._group.broadcast(
+                slots, self._members.index(item.owner), part.deadline, poll=lambda: part.reactor.turn(0)
+            )
+            part.ring.mark_ready(item.index)
+        self.stage_ahead()
+
+    def _bring(self, item: PlannedBucket) -> None:
+        """The owner's bytes, from its staging buffer or straight from its host memory."""
+        part = self._part
+        if self._staging is None:
+            part.copy_from_host(item, part.slots(item))
+            return
+        assert self._filled is item
+        part.device.copy(part.slots(item), self._staging.empty()[: item.nbytes])
+        self._staging.mark_emptied()
+        self._filled = None
+
+    def close(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None

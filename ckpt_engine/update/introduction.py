@@ -1,0 +1,143 @@
+"""What ranks tell each other at the start of an update, and what follows from it alike on every rank."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from ckpt_engine.devices import Device
+from ckpt_engine.errors import ProtocolError
+from ckpt_engine.ipc.sockets import SocketDirectory
+from ckpt_engine.settings import Settings
+from ckpt_engine.transport.collectives import Collectives
+from ckpt_engine.transport.control import Control
+
+
+@dataclass(kw_only=True)
+class Rank:
+    """What a rank keeps between updates. `group_name` names the members and the kind of `group`."""
+
+    rank: int
+    settings: Settings
+    mem_fraction: float
+    device: Device
+    control: Control
+    directory: SocketDirectory
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]]
+    group: Collectives | None = None
+    group_name: str = ""
+
+    def drop_groups(self) -> None:
+        """Groups are not used again after an abort: a member may still wait in them."""
+        group, self.group, self.group_name = self.group, None, ""
+        if group is not None:
+            group.close()
+
+
+class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One rank's. `free_memory`: bytes that the update may take; `memory_pool`: where from."""
+
+    host: str
+    device_type: str
+    device_uuid: str
+    memory_pool: str
+    handle: str
+    peer_path: str
+    free_memory: int
+    slot_nbytes: int
+    slot_count: int
+    metas_digest: str
+    token: str
+    group_name: str
+
+
+def introduce(me: Rank, handle: str, metas_digest: str) -> Introduction:
+    """This rank's introduction; `handle`: its worker's."""
+    return Introduction(
+        host=me.settings.host_id,
+        device_type=me.device.type,
+        device_uuid=me.device.uuid(),
+        memory_pool=me.device.memory_pool(),
+        handle=handle,
+        peer_path=me.directory.peer_path,
+        free_memory=int(me.device.free_memory() * me.mem_fraction),
+        slot_nbytes=me.settings.slot_nbytes(me.device.type),
+        slot_count=me.settings.slot_count,
+        metas_digest=metas_digest,
+        token=secrets.token_hex(16),
+        group_name=me.group_name,
+    )
+
+
+@dataclass(kw_only=True, frozen=True)
+class Meeting:
+    """All members' introductions, by rank, and the round's name."""
+
+    name: str
+    by_rank: Mapping[int, Introduction]
+
+    @classmethod
+    def of(cls, name: str, blobs: Mapping[int, bytes]) -> Meeting:
+        """Raises ProtocolError: an introduction of another version."""
+        try:
+            by_rank = {
+                rank: msgspec.json.decode(blob, type=Introduction) for rank, blob in sorted(blobs.items())
+            }
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ProtocolError(f"a rank of another version of ckpt-engine: {error}") from None
+        return cls(name=name, by_rank=by_rank)
+
+    def check(self, rank: int) -> None:
+        """Raises ProtocolError: ranks do not agree about what they are to do."""
+        mine = self.by_rank[rank]
+        for other, introduction in self.by_rank.items():
+            if introduction.metas_digest != mine.metas_digest:
+                raise ProtocolError(
+                    f"rank {rank} and rank {other} have gathered different metas: call gather_metas on all "
+                    "ranks"
+                )
+            if introduction.device_type != mine.device_type:
+                raise ProtocolError(
+                    f"rank {rank} has a {mine.device_type} device, rank {other} a {introduction.device_type}"
+                )
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return tuple(self.by_rank)
+
+    @property
+    def token(self) -> str:
+        """A secret of this update, the first member's."""
+        return self.by_rank[self.members[0]].token
+
+    @property
+    def slot_nbytes(self) -> int:
+        return min(other.slot_nbytes for other in self.by_rank.values())
+
+    @property
+    def slot_count(self) -> int:
+        return min(other.slot_count for other in self.by_rank.values())
+
+    @property
+    def budget(self) -> int:
+        """Bytes that every rank may take: those of the fullest pool, shared by its ranks."""
+        pools = [other.memory_pool for other in self.by_rank.values()]
+        return min(other.free_memory // pools.count(other.memory_pool) for other in self.by_rank.values())
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether the rings lie in host memory, where ranks of a host can map them."""
+        return next(iter(self.by_rank.values())).device_type == "cpu"
+
+    @property
+    def devices_shared(self) -> bool:
+        """Whether two members have the same device (which nccl refuses)."""
+        pools = [other.memory_pool for other in self.by_rank.values()]
+        return len(set(pools)) < len(pools)
+
+    def hosts(self) -> dict[int, str]:
+        return {rank: other.host for rank, other in self.by_rank.items()}
