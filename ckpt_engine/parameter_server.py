@@ -244,8 +244,8 @@ class ParameterServer:
             req_func: called once, in a thread, with `[(device_uuid, zmq_handle), ...]` of all ranks; it
                 asks the engine to start receiving.
             timeout: for the whole update.
-            ranks: those to update; None or empty: all. The others need not call, and must not. In this
-                version they must hold the whole checkpoint among themselves.
+            ranks: those to update; None or empty: all. Of the others only those must call that hold a part
+                of the checkpoint: they take part without a worker.
             on_progress: called with (bytes loaded by this rank's worker, bytes in all).
 
         Raises:
@@ -256,12 +256,12 @@ class ParameterServer:
         wanted = sorted(set(ranks or range(self.world_size)))
         if wanted[0] < 0 or wanted[-1] >= self.world_size:
             raise ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
-        if self.rank not in wanted:
-            raise ConfigError(f"ranks={wanted}: rank {self.rank} is not among them, and must not call update")
+        members = self._members(checkpoint_name, wanted)
         deadline = _deadline(timeout)
         session = UpdateSession(
             me=self._rank(deadline),
-            members=tuple(wanted),
+            members=members,
+            receives=self.rank in wanted,
             checkpoint_name=checkpoint_name,
             prepare=lambda: self._prepare(checkpoint_name),
             req_func=req_func,
@@ -279,6 +279,17 @@ class ParameterServer:
             report.seconds,
         )
         return report
+
+    def _members(self, checkpoint_name: str, wanted: list[int]) -> tuple[int, ...]:
+        """Those who are updated, and those who hold what they need; the same on every rank."""
+        _, metas = self._gathered.get(checkpoint_name, (None, {}))
+        members = sorted({*wanted, *(rank for rank, held in metas.items() if held.tensor_count)})
+        if self.rank not in members:
+            raise ConfigError(
+                f"ranks={wanted}: rank {self.rank} is not among them and holds nothing of "
+                f"{checkpoint_name!r}: it must not call update"
+            )
+        return tuple(members)
 
     def _prepare(self, checkpoint_name: str) -> tuple[HostCheckpoint | None, Metas, str]:
         known = checkpoint_name in self._registry.names()

@@ -19,6 +19,7 @@ from ckpt_engine import __version__
 from ckpt_engine.cli import Verbose
 from ckpt_engine.cli.inspect import inspect_checkpoint
 from ckpt_engine.cli.plan import plan_update
+from ckpt_engine.cli.serve import serve
 from ckpt_engine.cli.update import update
 from ckpt_engine.errors import CkptEngineError, ConfigError, UpdateError
 
@@ -111,6 +112,7 @@ def _options(
 
 
 app.command("update")(reported(update))
+app.command("serve")(reported(serve))
 app.command("inspect")(reported(inspect_checkpoint))
 app.command("plan")(reported(plan_update))
 app.command("demo")(reported(demo))

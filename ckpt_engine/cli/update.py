@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +21,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ckpt_engine.cli import Verbose, format_nbytes
-from ckpt_engine.errors import ConfigError
+from ckpt_engine.errors import CheckpointFormatError, ConfigError
 
 if TYPE_CHECKING:
+    from ckpt_engine.checkpoint import FileSelection
     from ckpt_engine.update.request import SocketPaths
     from ckpt_engine.update.session import Progress, UpdateReport
 
@@ -33,6 +36,15 @@ class UpdateMethod(str, Enum):
     """How the weights travel."""
 
     BROADCAST = "broadcast"
+    P2P = "p2p"
+    ALL = "all"
+
+
+class Split(str, Enum):
+    """How a checkpoint is split over the ranks."""
+
+    FILE = "file"
+    TENSOR = "tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +122,23 @@ def _not_negative(seconds: float) -> float:
 
 def update(
     checkpoint_path: Annotated[
-        Path, typer.Option(help="A .safetensors file, or a directory of them with or without an index.")
-    ],
+        Path | None,
+        typer.Option(
+            help="A .safetensors file, or a directory of them with or without an index.", show_default=False
+        ),
+    ] = None,
     checkpoint_name: Annotated[str, typer.Option(help="Its name.")] = "my-checkpoint-iter-0",
     update_method: Annotated[
-        UpdateMethod, typer.Option(help="How the weights travel.")
+        UpdateMethod,
+        typer.Option(help="How the weights travel. Only broadcast is in this version."),
     ] = UpdateMethod.BROADCAST,
+    split: Annotated[
+        Split | None,
+        typer.Option(
+            help="Split the checkpoint over the ranks by whole files, or by tensors, which needs an index.",
+            show_default="tensor where there is an index, else file",
+        ),
+    ] = None,
     endpoint: Annotated[
         list[str] | None,
         typer.Option(
@@ -141,6 +164,13 @@ def update(
     save_metas_file: Annotated[
         Path | None, typer.Option(help="Write what every rank holds to this file, as JSON (rank 0).")
     ] = None,
+    load_metas_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a checkpoint: join the ranks whose metas were saved to this file. It is "
+            "checked; joining, which goes by P2P, is not in this version."
+        ),
+    ] = None,
     report_file: Annotated[
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
     ] = None,
@@ -150,13 +180,37 @@ def update(
     health_timeout: Annotated[
         float, typer.Option(callback=_positive, help="Seconds to wait for the engine's /health.")
     ] = 600.0,
+    custom_dist: Annotated[
+        bool,
+        typer.Option(
+            "--custom-dist",
+            help="Accepted, without effect: the groups are always the parameter servers' own, chosen "
+            "automatically, and leave torch's default group alone.",
+        ),
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
-    from ckpt_engine.checkpoint import split_checkpoint
+    if load_metas_file is not None:
+        _check_metas(load_metas_file)
+        raise ConfigError(
+            f"{load_metas_file} is right, but joining other ranks by P2P (--load-metas-file) is not in this "
+            "version: give --checkpoint-path"
+        )
+    if checkpoint_path is None:
+        raise typer.BadParameter("say which checkpoint", param_hint="--checkpoint-path")
+    if update_method is not UpdateMethod.BROADCAST:
+        raise typer.BadParameter(
+            f"{update_method.value} is not in this version: use broadcast", param_hint="--update-method"
+        )
+
     from ckpt_engine.metadata import metas_to_json
     from ckpt_engine.parameter_server import ParameterServer
-    from ckpt_engine.server.engine_client import request_inference_to_update, wait_until_healthy
+    from ckpt_engine.server.engine_client import (
+        request_inference_to_update,
+        request_timeout,
+        wait_until_healthy,
+    )
 
     with ParameterServer() as ps:
         leads = ps.rank == 0
@@ -178,12 +232,12 @@ def update(
                 request_inference_to_update(
                     f"{group.endpoint}/collective_rpc",
                     group.part(socket_paths),
-                    _request_timeout(timeout),
+                    request_timeout(timeout),
                     group.uds,
                 )
 
         with stages.stage("register"):
-            share = split_checkpoint(checkpoint_path, ps.rank, ps.world_size)
+            share = share_of(checkpoint_path, split, ps.rank, ps.world_size)
             ps.register_checkpoint(checkpoint_name, files=share)
         if asks:
             with stages.stage("health"):
@@ -207,9 +261,40 @@ def update(
             time.sleep(sleep_time)
 
 
-def _request_timeout(timeout: float) -> float:
-    """Seconds for the engine's RPC: deadlines nest, and the HTTP client waits up to 10 s longer than it."""
-    return timeout - min(20.0, timeout / 4)
+def share_of(path: Path, split: Split | None, rank: int, world_size: int) -> list[FileSelection]:
+    """What `rank` registers of the checkpoint at `path`.
+
+    Raises:
+        ConfigError: by tensor, and there is no index that says which tensor is where.
+        CheckpointError, CheckpointFormatError: as `split_checkpoint`.
+    """
+    from ckpt_engine.checkpoint import FileSelection, split_checkpoint
+    from ckpt_engine.checkpoint.index import INDEX_NAME
+    from ckpt_engine.server.file_split import files_of, split_files
+
+    if split is Split.FILE:
+        return [FileSelection(file) for file in split_files(files_of([path]), world_size)[rank]]
+    if split is Split.TENSOR and path.is_dir() and not (path / INDEX_NAME).exists():
+        raise ConfigError(f"--split tensor: {path} has no {INDEX_NAME}; use --split file")
+    if split is Split.TENSOR and path.is_file():
+        raise ConfigError(f"--split tensor: {path} is one file; give the directory with its {INDEX_NAME}")
+    return split_checkpoint(path, rank, world_size)
+
+
+def _check_metas(path: Path) -> None:
+    """Raises ConfigError, or CheckpointFormatError, where the file has no metas of another fleet."""
+    from ckpt_engine.metadata import metas_from_json
+
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--load-metas-file {path}: {error.strerror or error}") from error
+    try:
+        metas = metas_from_json(text)
+    except CheckpointFormatError as error:
+        raise CheckpointFormatError(f"--load-metas-file {path}: {error}") from None
+    if not any(held.tensor_count for held in metas.values()):
+        raise ConfigError(f"--load-metas-file {path}: its ranks hold no tensor")
 
 
 def _report(report: UpdateReport, stages: Stages, world_size: int, method: UpdateMethod) -> dict[str, Any]:
@@ -267,7 +352,29 @@ def _check_can_be_written(path: Path | None, option: str) -> None:
 
 
 def _write(path: Path, text: bytes) -> None:
+    """All of it or nothing: who reads the file never sees a part."""
+    made: Path | None = None
     try:
-        path.write_bytes(text)
+        path = path.resolve()  # a link stays one
+        if path.exists() and not path.is_file():
+            path.write_bytes(text)  # a pipe, or /dev/stdout
+            return
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            made = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        made.chmod(0o666 & ~_umask())
+        made.replace(path)
+        made = None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        if made is not None:
+            made.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

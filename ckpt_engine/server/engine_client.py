@@ -118,6 +118,14 @@ def call_engine(
     return results
 
 
+def request_timeout(timeout: float) -> float:
+    """Seconds for the engine's RPC within an update of `timeout`.
+
+    Deadlines nest: the HTTP request waits up to 10 s longer than the RPC, and must end before the update.
+    """
+    return timeout - min(20.0, timeout / 4)
+
+
 def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, path: str = "/health") -> None:
     """Polls `endpoint + path` until it answers with a 2xx status.
 

@@ -39,7 +39,8 @@ class Rank:
 
 
 class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One rank's. `free_memory`: bytes that the update may take; `memory_pool`: where from."""
+    """One rank's. `free_memory`: bytes that the update may take; `memory_pool`: where from. `handle`: its
+    worker's, empty where it only gives what it holds."""
 
     host: str
     device_type: str
@@ -138,6 +139,11 @@ class Meeting:
         """Whether two members have the same device (which nccl refuses)."""
         pools = [other.memory_pool for other in self.by_rank.values()]
         return len(set(pools)) < len(pools)
+
+    @property
+    def socket_paths(self) -> list[tuple[str, str]]:
+        """`[(device_uuid, handle), ...]` of all workers, by rank."""
+        return [(other.device_uuid, other.handle) for other in self.by_rank.values() if other.handle]
 
     def hosts(self) -> dict[int, str]:
         return {rank: other.host for rank, other in self.by_rank.items()}

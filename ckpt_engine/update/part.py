@@ -13,8 +13,8 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import Device, Ring
 from ckpt_engine.errors import ErrorRecord, UpdateError, UpdateTimeout
 from ckpt_engine.ipc.reactor import Reactor
-from ckpt_engine.ipc.sender import WorkerChannel
 from ckpt_engine.planning.plan import PlannedBucket, UpdatePlan
+from ckpt_engine.update.no_worker import Channel
 
 
 @dataclass(kw_only=True)
@@ -26,7 +26,7 @@ class Part:
     checkpoint: HostCheckpoint | None
     device: Device
     ring: Ring
-    channel: WorkerChannel
+    channel: Channel
     reactor: Reactor
     deadline: Deadline
     reply_timeout: float

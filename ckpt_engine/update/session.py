@@ -32,12 +32,12 @@ from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
 from ckpt_engine.metadata import Metas
 from ckpt_engine.planning.plan import UpdatePlan, make_plan
-from ckpt_engine.transport.collectives import Collectives, make_group
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
-from ckpt_engine.update.device_movers import DirectMover, GroupMover, Mover
-from ckpt_engine.update.host_mover import HostMover, Hosts
+from ckpt_engine.update.device_movers import Mover
 from ckpt_engine.update.introduction import Meeting, Rank, introduce
+from ckpt_engine.update.movers import make_mover
+from ckpt_engine.update.no_worker import Channel, NoWorker
 from ckpt_engine.update.part import Part
 from ckpt_engine.update.pipeline import Pipeline
 from ckpt_engine.update.request import EngineRequest, SocketPaths
@@ -67,13 +67,15 @@ class UpdateReport:
 
 @dataclass(kw_only=True)
 class UpdateSession:
-    """Runs one update of `members`, of whom this rank is one.
+    """Runs one update on one of its `members`.
 
-    `prepare` returns this rank's share, the metas and their digest, or raises.
+    `receives`: whether this rank's worker is to be updated, too. `prepare` returns this rank's share, the
+    metas and their digest, or raises.
     """
 
     me: Rank
     members: tuple[int, ...]
+    receives: bool
     checkpoint_name: str
     prepare: Callable[[], tuple[HostCheckpoint | None, Metas, str]]
     req_func: Callable[[SocketPaths], object]
@@ -84,7 +86,7 @@ class UpdateSession:
     _started: float = field(default_factory=time.monotonic)
     _reactor: Reactor = field(default_factory=Reactor)
     _met: bool = False
-    _channel: WorkerChannel | None = None
+    _channel: Channel | None = None
     _links: HostLinks | None = None
     _ring: Ring | None = None
     _request: EngineRequest | None = None
@@ -135,7 +137,10 @@ class UpdateSession:
         """Meets the other ranks, makes the plan, the ring and the links, and asks the engine."""
         me = self.me
         checkpoint, metas, digest = self.prepare()
-        self._channel = channel = WorkerChannel(me.zmq_ctx, me.directory, me.device.uuid(), self._reactor)
+        channel: Channel = NoWorker()
+        if self.receives:
+            channel = WorkerChannel(me.zmq_ctx, me.directory, me.device.uuid(), self._reactor)
+        self._channel = channel
         self._links = HostLinks(me.directory.peer_path, me.rank, self._reactor)
         mine = msgspec.json.encode(introduce(me, channel.handle, digest))
         blobs = round_.exchange(f"update({self.checkpoint_name!r})", mine, self.deadline)
@@ -153,7 +158,6 @@ class UpdateSession:
             # In host memory owners stage in their rings, from which the others copy.
             staging=len(meeting.members) > 1 and not meeting.in_host_memory,
         )
-        _check_owners(plan, meeting.members)
         self._ring = me.device.allocate_ring(plan.ring.nbytes, plan.ring.count)
         part = Part(
             plan=plan,
@@ -178,62 +182,15 @@ class UpdateSession:
             self._ring,
         )
         self._reactor.every_second(channel.beat)
-        paths = [(other.device_uuid, other.handle) for other in meeting.by_rank.values()]
-        self._request = request = EngineRequest(self.req_func, paths)
-        self._reactor.add(request.fileno(), lambda: self._on_request(request))
-        self._mover = self._make_mover(part, meeting)
+        if self.receives:
+            self._ask(meeting.socket_paths)
+        self._mover = make_mover(me, meeting, part, self._links)
         self._pipeline = Pipeline(part, self._mover, self._progress_of(plan))
         return plan
 
-    def _make_mover(self, part: Part, meeting: Meeting) -> Mover:
-        """The way of buckets into this ring, which follows from who the members are."""
-        me = self.me
-        if len(meeting.members) == 1:
-            return DirectMover(part)
-        if not meeting.in_host_memory:
-            kind = "gloo" if meeting.devices_shared else me.device.collectives
-            group = self._group(meeting, meeting.members, kind)
-            assert group is not None
-            return GroupMover(part, meeting.members, group)
-        assert self._links is not None
-        hosts = Hosts.of(meeting.hosts())
-        leaders = self._group(meeting, hosts.leaders, "gloo")
-        mover = HostMover(part, hosts, self._links, leaders)
-        local = hosts.local_ranks(me.rank)
-        if len(local) > 1:
-            self._links.connect(
-                {rank: meeting.by_rank[rank].peer_path for rank in local if rank != me.rank},
-                meeting.token,
-                part.ring,
-                mover.on_note,
-                self.deadline,
-                poll=lambda: self._reactor.turn(0),
-            )
-        return mover
-
-    def _group(self, meeting: Meeting, members: tuple[int, ...], kind: str) -> Collectives | None:
-        """The members' group, kept from the last update if every member still has it."""
-        me = self.me
-        if len(members) == 1 or me.rank not in members:
-            me.drop_groups()
-            return None
-        names = {meeting.by_rank[member].group_name for member in members}
-        like = f"{kind}-{'-'.join(map(str, members))}-"
-        if len(names) > 1 or not me.group_name.startswith(like):
-            me.drop_groups()
-            name = like + meeting.name
-            me.group = make_group(
-                kind,
-                me.control.store,
-                name,
-                members.index(me.rank),
-                len(members),
-                me.device.index,
-                self.deadline,
-                poll=lambda: self._reactor.turn(0),
-            )
-            me.group_name = name
-        return me.group
+    def _ask(self, socket_paths: SocketPaths) -> None:
+        self._request = request = EngineRequest(self.req_func, socket_paths)
+        self._reactor.add(request.fileno(), lambda: self._on_request(request))
 
     def _progress_of(self, plan: UpdatePlan) -> Callable[[int], object]:
         tell = self.progress
@@ -381,13 +338,3 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
-
-
-def _check_owners(plan: UpdatePlan, members: tuple[int, ...]) -> None:
-    outside = sorted(plan.owners().keys() - set(members))
-    if outside:
-        raise ConfigError(
-            f"ranks {list(members)} are to be updated, but ranks {outside} hold a part of "
-            f"{plan.checkpoint!r}: reading it from them needs P2P, which is not in this version. Update all "
-            "ranks, or register the whole checkpoint on those that are updated"
-        )

@@ -133,13 +133,9 @@ def broken_engine() -> Iterator[str]:
     thread.join()
 
 
-@pytest.fixture(scope="session", params=[(1, 1), (2, 1), (4, 1), (4, 2)], ids=["1", "2", "4", "4-on-2-hosts"])
-def world(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, broken_engine: str
-) -> Iterator[World]:
-    size, hosts = request.param
-    out = tmp_path_factory.mktemp("world")
-    sockets = Path("/tmp") / f"ce-test-{os.getpid()}-{size}-{hosts}"
+def launch(out: Path, size: int, hosts: int, broken_engine: str, **environment: str) -> World:
+    """Runs the scenarios of tests/support/rank.py on `size` ranks."""
+    sockets = Path("/tmp") / f"ce-test-{os.getpid()}-{size}-{hosts}-{environment.get('TEST_DEVICE', 'cpu')}"
     first = make_checkpoint(out / "first", SEED)
     second = make_checkpoint(out / "second", SEED + 1)
     arguments = [str(out), str(out / "first"), str(out / "second"), "http://127.0.0.1:9/collective_rpc"]
@@ -153,8 +149,18 @@ def world(
         CKPT_ENGINE_SLOT_MIB="1",
         CKPT_ENGINE_SOCKET_DIR=str(sockets),
         GLOO_SOCKET_IFNAME="lo",
+        **environment,
     )
     (out / "output.txt").write_text(output)
     ranks = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(size)]
-    yield World(size, hosts, first, second, ranks, sockets)
-    shutil.rmtree(sockets, ignore_errors=True)
+    return World(size, hosts, first, second, ranks, sockets)
+
+
+@pytest.fixture(scope="session", params=[(1, 1), (2, 1), (4, 1), (4, 2)], ids=["1", "2", "4", "4-on-2-hosts"])
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, broken_engine: str
+) -> Iterator[World]:
+    size, hosts = request.param
+    world = launch(tmp_path_factory.mktemp("world"), size, hosts, broken_engine)
+    yield world
+    shutil.rmtree(world.socket_dir, ignore_errors=True)

@@ -30,6 +30,11 @@ def test_updates_follow_one_another_with_changed_weights(world: World) -> None:
     assert world.first != world.second
 
 
+def test_a_slow_reload_is_not_overtaken(world: World) -> None:
+    """On a device with streams the host runs ahead: the events alone keep a slot until it was read."""
+    assert weights(world, "slow") == [world.second] * world.size
+
+
 def test_versions_grow_and_are_the_same_on_every_rank_and_worker(world: World) -> None:
     seen = []
     for scenario in ("first", "second", "back"):

@@ -129,8 +129,12 @@ def main() -> None:
     hosts = int(os.environ.get("TEST_HOSTS", "1"))
     if hosts > 1:
         os.environ["CKPT_ENGINE_HOST_ID"] = f"host{rank * hosts // size}"
+    kind = os.environ.get("TEST_DEVICE", "cpu")
+    if kind == "cuda":
+        # All ranks share one GPU: its own UUID would be there twice.
+        os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"GPU-test-{rank}"
     worker = Worker(rank % int(os.environ["LOCAL_WORLD_SIZE"]))
-    with ParameterServer() as ps:
+    with ParameterServer(device=kind, gpu_count=1 if kind == "cuda" else None) as ps:
         me = Rank(ps, worker, out)
         try:
             me.record("update before gather", me.update("a"))
@@ -150,6 +154,7 @@ def main() -> None:
             ps.gather_metas("b")
             me.record("second", me.update("b"))
             me.record("back", me.update("a"))
+            me.record("slow", me.update("b", {"kind": "slow"}))
             last = me.results["first"]["buckets"] - 1
             for place, bucket in VICTIM_BUCKETS.items():
                 fault = {"kind": "run", "bucket": last if bucket < 0 else bucket, "action": "raise"}

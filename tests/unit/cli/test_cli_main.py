@@ -19,7 +19,7 @@ def test_runs_as_a_module_for_torchrun() -> None:
         [sys.executable, "-m", "ckpt_engine.cli.main", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    for command in ("update", "inspect", "plan", "demo"):
+    for command in ("update", "serve", "inspect", "plan", "demo"):
         assert command in done.stdout
 
 

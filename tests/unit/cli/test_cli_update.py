@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,8 +17,10 @@ import typer
 from engine_for_cli_tests import Engine
 
 from ckpt_engine.cli import update as update_module
-from ckpt_engine.cli.update import InferenceGroup, inference_group
-from ckpt_engine.metadata import metas_from_json
+from ckpt_engine.cli.update import InferenceGroup, Split, inference_group, share_of
+from ckpt_engine.errors import ConfigError
+from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta, metas_from_json, metas_to_json
+from ckpt_engine.server.engine_client import request_timeout
 
 Cli = Callable[..., Any]
 
@@ -89,7 +93,10 @@ def test_a_lying_file(cli: Cli, lying_file: Path) -> None:
     [
         (("--inference-parallel-size", 2), "--inference-parallel-size: 2 does not divide the world size, 1"),
         (("--endpoint", "http://a", "--endpoint", "http://b"), "2 endpoints for 1 inference groups"),
-        (("--update-method", "p2p"), "--update-method"),
+        (("--update-method", "p2p"), "--update-method: p2p is not in this version: use broadcast"),
+        (("--update-method", "all"), "--update-method: all is not in this version: use broadcast"),
+        (("--update-method", "other"), "--update-method"),
+        (("--split", "layer"), "--split"),
         (("--timeout", "0"), "--timeout"),
         (("--health-timeout", "inf"), "--health-timeout"),
         (("--sleep-time", "-1"), "--sleep-time"),
@@ -101,6 +108,87 @@ def test_bad_usage(cli: Cli, checkpoint: Path, options: tuple[object, ...], name
     assert done.exit_code == 2
     # typer quotes the option's name
     assert named in done.stderr.replace("'", "")
+
+
+def test_metas_to_join_are_checked_first(cli: Cli, tmp_path: Path) -> None:
+    metas = tmp_path / "metas.json"
+
+    def refused(text: bytes | None) -> str:
+        if text is not None:
+            metas.write_bytes(text)
+        done = cli("update", "--load-metas-file", metas)
+        assert done.exit_code == 1, done.output
+        return str(done.stderr)
+
+    assert refused(None) == f"error: --load-metas-file {metas}: No such file or directory\n"
+    assert "--load-metas-file" in refused(b"{")
+    assert "not a metas document" in refused(b'{"0": {}}')
+    assert refused(b"{}") == f"error: --load-metas-file {metas}: its ranks hold no tensor\n"
+    tensor = TensorMeta(name="w", dtype="float32", shape=(3,), offset=0, nbytes=12)
+    buffer = HostBufferMeta(address=4096, nbytes=256, tensors=(tensor,))
+    held = RankMetas(rank=0, host="h", host_ip="::1", device_uuid="d", epoch="e", buffers=(buffer,))
+    assert f"{metas} is right, but joining other ranks by P2P" in refused(metas_to_json({0: held}))
+
+
+def test_a_checkpoint_must_be_named(cli: Cli) -> None:
+    done = cli("update")
+    assert (done.exit_code, "--checkpoint-path" in done.stderr) == (2, True)
+
+
+def test_splits(checkpoint: Path) -> None:
+    def names(split: Split | None) -> list[set[str]]:
+        shares = [share_of(checkpoint, split, rank, 2) for rank in range(2)]
+        return [{str(file.names or file.path.name) for file in share} for share in shares]
+
+    by_file = [{"one.safetensors"}, {"two.safetensors"}]
+    assert names(None) == names(Split.FILE) == by_file
+    with pytest.raises(ConfigError, match=r"--split tensor: .* has no model.safetensors.index.json"):
+        names(Split.TENSOR)
+    with pytest.raises(ConfigError, match="is one file"):
+        share_of(checkpoint / "one.safetensors", Split.TENSOR, 0, 1)
+    weights = {"a.weight": "one", "a.bias": "one", "b.weight": "two", "b[red]": "two"}
+    index = {"weight_map": {name: f"{file}.safetensors" for name, file in weights.items()}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert names(Split.FILE) == by_file
+    assert names(None) == names(Split.TENSOR)
+    # a.weight is larger than all others together.
+    shares = [share_of(checkpoint, Split.TENSOR, rank, 2) for rank in range(2)]
+    assert [sorted(name for file in share for name in file.names or ()) for share in shares] == [
+        ["a.weight"],
+        ["a.bias", "b.weight", "b[red]"],
+    ]
+
+
+def test_by_file_through_the_engine(cli: Cli, checkpoint: Path, engine: Engine) -> None:
+    args = ("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url)
+    done = cli(*args, "--split", "file", "--custom-dist")
+    assert done.exit_code == 0, done.output
+    assert len(engine.weights) == 4
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "metas.json", tmp_path / "link.json"
+    link.symlink_to(path)
+    update_module._write(link, b"one")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"one"
+    mask = os.umask(0o027)
+    try:
+        update_module._write(path, b"two")
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"metas\.json cannot be written: No space left"):
+        update_module._write(path, b"three")
+    assert path.read_bytes() == b"two"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["link.json", "metas.json"]
+    update_module._write(Path("/dev/null"), b"nowhere")
+    assert not Path("/dev/null").is_file()
 
 
 def _start_ranks(checkpoint: Path, *args: str) -> list[subprocess.Popen[str]]:
@@ -175,7 +263,7 @@ def test_groups_that_cannot_be(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("timeout", [5.0, 60.0, 600.0, 7200.0])
 def test_the_http_request_ends_before_the_update(timeout: float) -> None:
-    asked = update_module._request_timeout(timeout)
+    asked = request_timeout(timeout)
     assert asked > 0
     slack = min(10.0, max(1.0, 0.05 * asked))  # of request_inference_to_update
     assert asked + slack < timeout

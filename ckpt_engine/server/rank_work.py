@@ -1,0 +1,155 @@
+"""What the routes do with the `ParameterServer`, in the models of the API."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ckpt_engine.errors import CkptEngineError, ConfigError, UnknownCheckpointError
+from ckpt_engine.metadata import metas_from_json
+from ckpt_engine.server.api_models import (
+    EngineTarget,
+    FilesRequest,
+    Gathered,
+    GatherRequest,
+    MetasLoaded,
+    Registered,
+    Unregistered,
+    Updated,
+    UpdateRequest,
+)
+from ckpt_engine.server.engine_client import request_inference_to_update, request_timeout
+
+if TYPE_CHECKING:
+    from ckpt_engine.parameter_server import ParameterServer
+    from ckpt_engine.update.request import SocketPaths
+
+
+class InvalidMetas(CkptEngineError):
+    """The body of POST /v1/metas is not a metas document."""
+
+
+class RankWork:
+    """This rank's part of each operation. The methods block."""
+
+    def __init__(self, ps: ParameterServer) -> None:
+        self.ps = ps
+        self.last_update: Updated | None = None
+
+    def register(self, name: str, request: FilesRequest, files: Sequence[str]) -> Registered:
+        began = time.monotonic()
+        self.ps.register_checkpoint(
+            name,
+            files=files,
+            use_shared_memory_pool=request.use_shared_memory_pool,
+            use_inplace_pin_memory=request.use_inplace_pin_memory,
+        )
+        return Registered(checkpoint=name, files=len(files), seconds=time.monotonic() - began)
+
+    def takes_files_in_place(self, request: FilesRequest) -> bool:
+        return request.use_inplace_pin_memory or self.ps.settings.inplace_pin
+
+    def unregister(self, name: str, force: bool) -> Unregistered:
+        known = name in self.ps.checkpoint_names
+        # Also when it is not known: what is remembered of a registration that failed goes too, and with
+        # `force` the pool that an earlier checkpoint left.
+        self.ps.unregister_checkpoint(name, force=force)
+        if not known and not force:
+            raise UnknownCheckpointError(f"nothing is registered as {name!r} on rank {self.ps.rank}")
+        return Unregistered(checkpoint=name)
+
+    def gather(self, name: str, request: GatherRequest) -> Gathered:
+        began = time.monotonic()
+        self.ps.gather_metas(name, timeout=request.timeout)
+        metas = self.ps.get_metas()
+        return Gathered(
+            checkpoint=name,
+            ranks=len(metas),
+            tensors=sum(held.tensor_count for held in metas.values()),
+            nbytes=sum(held.nbytes for held in metas.values()),
+            seconds=time.monotonic() - began,
+        )
+
+    def check_ranks(self, request: UpdateRequest) -> None:
+        """Raises ConfigError for ranks that are none."""
+        world_size = self.ps.world_size
+        lists = {"ranks": request.ranks} | {
+            f"inference_group_ranks of {engine.update_url}": engine.inference_group_ranks
+            for engine in request.targets
+        }
+        for what, ranks in lists.items():
+            if ranks and max(ranks) >= world_size:
+                raise ConfigError(f"{what}: {max(ranks)} is not a rank: they go from 0 to {world_size - 1}")
+
+    def update(self, name: str, request: UpdateRequest) -> Updated:
+        report = self.ps.update(
+            name,
+            req_func_of(
+                request.targets,
+                rank=self.ps.rank,
+                world_size=self.ps.world_size,
+                ranks=request.ranks,
+                timeout=request.timeout,
+            ),
+            timeout=request.timeout,
+            ranks=request.ranks,
+        )
+        self.last_update = Updated(**asdict(report))
+        return self.last_update
+
+    def load_metas(self, text: bytes) -> MetasLoaded:
+        try:
+            metas = metas_from_json(text)
+        except CkptEngineError as error:
+            raise InvalidMetas(str(error)) from None
+        self.ps.load_metas(metas)
+        return MetasLoaded(
+            ranks=len(metas),
+            tensors=sum(held.tensor_count for held in metas.values()),
+            senders={device: sorted(ranks) for device, ranks in self.ps.remote_topology.items()},
+        )
+
+
+def req_func_of(
+    engines: Sequence[EngineTarget],
+    *,
+    rank: int,
+    world_size: int,
+    ranks: Sequence[int] | None,
+    timeout: float,
+) -> Callable[[SocketPaths], None]:
+    """The `req_func` of an update: asks the engines in whose group this rank is the lowest.
+
+    Args:
+        ranks: those that are updated; None or empty: all.
+        timeout: of the update, in seconds; an engine gets slightly less.
+
+    Raises:
+        ConfigError: an engine's group has a rank that is not updated.
+    """
+    members = sorted(set(ranks or range(world_size)))
+    mine: list[tuple[EngineTarget, list[int]]] = []
+    for engine in engines:
+        group = sorted(set(engine.inference_group_ranks or members))
+        if outside := set(group) - set(members):
+            raise ConfigError(
+                f"inference_group_ranks of {engine.update_url}: rank {min(outside)} is not among the ranks "
+                f"that are updated, {members}"
+            )
+        if group[0] == rank:
+            mine.append((engine, group))
+
+    def ask(socket_paths: SocketPaths) -> None:
+        numbers = members if len(socket_paths) == len(members) else range(world_size)
+        by_rank = dict(zip(numbers, socket_paths, strict=True))
+        for engine, group in mine:
+            request_inference_to_update(
+                engine.update_url,
+                [by_rank[member] for member in group],
+                timeout=request_timeout(timeout),
+                uds=engine.uds,
+            )
+
+    return ask

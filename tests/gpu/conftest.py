@@ -1,0 +1,45 @@
+"""The integration tests' world on a GPU, and what only a GPU can show. Skipped where there is none."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.integration.conftest import World, broken_engine, launch
+
+__all__ = ["broken_engine"]
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            item.add_marker("gpu")
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(
+    scope="session",
+    params=[(1, ""), (2, ""), (1, "expandable_segments:True")],
+    ids=["1", "2-on-one-gpu", "1-expandable-segments"],
+)
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, broken_engine: str
+) -> Iterator[World]:
+    size, allocator = request.param
+    world = launch(
+        tmp_path_factory.mktemp("world"),
+        size,
+        1,
+        broken_engine,
+        TEST_DEVICE="cuda",
+        PYTORCH_CUDA_ALLOC_CONF=allocator,
+    )
+    yield world
+    shutil.rmtree(world.socket_dir, ignore_errors=True)

@@ -1,0 +1,156 @@
+"""What only a GPU can show: memory that comes back, errors that the device reports late."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckpt_engine.devices import make_device, map_ring
+from ckpt_engine.devices.cuda import CudaPinner, CudaStaging, ServerRing
+from ckpt_engine.devices.handles import CudaRing
+from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
+from ckpt_engine.settings import load_settings
+
+ROOT = Path(__file__).parents[2]
+MiB = 1024 * 1024
+
+
+def free() -> int:
+    return int(torch.cuda.mem_get_info(0)[0])
+
+
+def run_alone(body: str, **environment: str) -> dict[str, Any]:
+    """Runs a program with a parameter server `ps` and a worker process `worker`; its last line as JSON."""
+    program = (
+        "import json, os, sys, torch\n"
+        "from ckpt_engine import ParameterServer\n"
+        "from tests.support.rank import Worker\n"
+        "worker = Worker(0)\n"
+        "ps = ParameterServer(device='cuda')\n"
+        "def update(name, fault=None):\n"
+        "    return ps.update(name, lambda paths: worker.update(paths, fault), timeout=60)\n"
+        "free = lambda: torch.cuda.mem_get_info(0)[0]\n" + body
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=os.environ
+        | {"PYTHONPATH": str(ROOT), "TEST_DEVICE": "cuda", "CKPT_ENGINE_DEVICE_UUID": "GPU-alone"}
+        | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_device_memory_comes_back_after_each_update() -> None:
+    found = run_alone(
+        "tensors = {f't{i}': torch.randn(1024, 1024) for i in range(100)}\n"
+        "ps.register_checkpoint('a', named_tensors=tensors)\n"
+        "ps.gather_metas('a')\n"
+        "update('a')\n"
+        "before = free()\n"
+        "for _ in range(10): update('a')\n"
+        "ps.unregister_checkpoint('a')\n"
+        "print(json.dumps({'lost': before - free()}))\n"
+    )
+    assert abs(found["lost"]) <= 4 * MiB
+
+
+@pytest.mark.parametrize("kind", ["run", "post_hook"])
+def test_an_error_that_the_device_reports_late_fails_the_update(kind: str) -> None:
+    found = run_alone(
+        "ps.register_checkpoint('a', named_tensors={'t': torch.ones(8, 8)})\n"
+        "ps.gather_metas('a')\n"
+        f"fault = {{'kind': {kind!r}, 'bucket': 0, 'action': 'device'}}\n"
+        "try:\n    update('a', fault)\n    ended = 'committed'\n"
+        "except Exception as error:\n    ended = str(error)\n"
+        "print(json.dumps({'ended': ended}))\n"
+    )
+    assert "assert" in found["ended"], found
+    assert "stage release" in found["ended"] or "stage finish" in found["ended"], found
+
+
+def test_weights_come_from_tensors_on_the_device_too() -> None:
+    found = run_alone(
+        "from tests.support.worker import digest\n"
+        "tensors = {f't{i}': torch.randn(513, 7, device='cuda')[:, 1:] for i in range(40)}\n"
+        "expected = {name: digest(tensor) for name, tensor in tensors.items()}\n"
+        "ps.register_checkpoint('a', named_tensors=tensors)\n"
+        "ps.gather_metas('a')\n"
+        "update('a')\n"
+        "print(json.dumps({'equal': worker.last['digests'] == expected}))\n"
+    )
+    assert found["equal"]
+
+
+def test_a_ring_takes_no_part_of_torchs_allocator() -> None:
+    torch.cuda.init()
+    reserved = torch.cuda.memory_reserved(0)
+    ring = ServerRing(0, 64 * MiB, 3)
+    assert torch.cuda.memory_reserved(0) == reserved
+    before = free()
+    ring.view(0, 64 * MiB).fill_(7)
+    assert int(ring.view(12345, 1)[0]) == 7
+    ring.close()
+    ring.close()
+    assert free() - before >= 63 * MiB
+
+
+def test_staging_is_freed_too() -> None:
+    before = free()
+    staging = CudaStaging(0, 64 * MiB)
+    assert before - free() >= 63 * MiB
+    staging.close()
+    assert abs(before - free()) <= 2 * MiB
+
+
+def test_an_allocation_that_does_not_fit_says_so_and_harms_nothing() -> None:
+    with pytest.raises(DeviceError, match="out of memory"):
+        ServerRing(0, 1 << 45, 3)
+    assert float(torch.ones(3, device="cuda").sum()) == 3.0
+
+
+def test_a_worker_refuses_rings_that_are_not_its_own() -> None:
+    ring = ServerRing(0, MiB, 2)
+    try:
+        handle = ring.handle()
+        with pytest.raises(ConfigError, match="device_id"):
+            map_ring(handle, [], None)
+        other = CudaRing(nbytes=MiB, memory=handle.memory, ready=handle.ready, device="GPU-other")
+        with pytest.raises(ConfigError, match="GPU-other"):
+            map_ring(other, [], 0)
+        with pytest.raises(ProtocolError, match="events"):
+            map_ring(CudaRing(nbytes=MiB, memory=handle.memory, ready=(), device=handle.device), [], 0)
+        with pytest.raises(DeviceError):
+            map_ring(CudaRing(nbytes=MiB, memory=b"x" * 64, ready=handle.ready, device=handle.device), [], 0)
+        with pytest.raises(DeviceError, match="64"):
+            map_ring(CudaRing(nbytes=MiB, memory=b"x", ready=handle.ready, device=handle.device), [], 0)
+        assert float(torch.ones(3, device="cuda").sum()) == 3.0
+    finally:
+        ring.close()
+
+
+def test_pinned_memory_is_unpinned() -> None:
+    pinner = CudaPinner(0)
+    tensor = torch.empty(64 * MiB, dtype=torch.uint8)
+    address = tensor.data_ptr() // 4096 * 4096
+    pinner.pin(address, 32 * MiB)
+    assert tensor.is_pinned()
+    pinner.unpin(address)
+    assert not tensor.is_pinned()
+
+
+def test_the_device_names_itself_as_nvml_does() -> None:
+    device = make_device("cuda", load_settings(), 0)
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    assert device.uuid() in listed
