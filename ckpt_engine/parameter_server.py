@@ -11,7 +11,6 @@ Typical usage, on every rank of `torchrun`:
 from __future__ import annotations
 
 import atexit
-import hashlib
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,17 +27,17 @@ from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckp
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import detect_device, device_count, make_device
 from ckpt_engine.errors import (
-    CheckpointError,
     CheckpointExistsError,
     ConfigError,
     ErrorRecord,
-    UnknownCheckpointError,
 )
+from ckpt_engine.gathered import GatheredMetas
 from ckpt_engine.ipc.sockets import SocketDirectory
-from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json, topology
+from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import Control, error_of
+from ckpt_engine.update.buffers import Buffers
 from ckpt_engine.update.introduction import Rank
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession
@@ -103,9 +102,7 @@ class ParameterServer:
             self.settings.load_threads, self.settings.huge_pages, self._device.pinner
         )
         self._failed: dict[str, ErrorRecord] = {}
-        self._gathered: dict[str, tuple[str | None, Metas]] = {}
-        self._metas: Metas = {}
-        self._topology: dict[str, set[int]] = {}
+        self._gathered = GatheredMetas(self.rank)
         self._me: Rank | None = None
         self._owns_default_group = False
         _OPEN.add(self)
@@ -165,7 +162,7 @@ class ParameterServer:
         Args:
             force: frees the pool as well, unless another checkpoint is in it.
         """
-        self._gathered.pop(checkpoint_name, None)
+        self._gathered.forget(checkpoint_name)
         failed = self._failed.pop(checkpoint_name, None)
         if not self._registry.unregister(checkpoint_name, force=force) and failed is None:
             logger.warning("checkpoint %r is not registered on rank %d", checkpoint_name, self.rank)
@@ -181,11 +178,12 @@ class ParameterServer:
         Raises:
             UnknownCheckpointError: no rank holds anything under this name.
             ConfigError: two ranks have the same device UUID.
+            CheckpointError: ranks are gone, and with them tensors that nobody else holds yet.
             UpdateError: a rank did not come, or could not register its share; the same on every rank.
         """
         deadline = _deadline(timeout)
         me = self._rank(deadline)
-        held = self._registry.get(checkpoint_name) if checkpoint_name in self._registry.names() else None
+        held = self._held(checkpoint_name)
         round_ = me.control.open_round()
         try:
             if checkpoint_name in self._failed:
@@ -202,30 +200,21 @@ class ParameterServer:
         finally:
             round_.leave()
         metas = {rank: held for blob in blobs.values() for rank, held in metas_from_json(blob).items()}
-        if not any(other.tensor_count for other in metas.values()):
-            raise UnknownCheckpointError(
-                f"no rank has registered anything as {checkpoint_name!r}; this one holds "
-                + (", ".join(map(repr, self._registry.names())) or "nothing")
-            )
-        _check_devices(metas)
-        if round_.lost:
-            self._check_without(round_.lost, checkpoint_name, metas)
-        self._gathered[checkpoint_name] = (held.epoch if held else None, metas)
-        self._show(metas)
+        self._gathered.put(checkpoint_name, metas, round_.lost, self._registry.names())
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last: rank -> what it holds."""
-        return dict(self._metas)
+        return dict(self._gathered.shown)
 
     def load_metas(self, metas: Metas) -> None:
         """Replaces the senders' side by another fleet's metas, and derives its topology."""
         # Through JSON: what another process sent is checked like what this one made.
-        self._show(metas_from_json(metas_to_json(metas)))
+        self._gathered.show(metas_from_json(metas_to_json(metas)))
 
     @property
     def remote_topology(self) -> dict[str, set[int]]:
         """`{rdma_device}@{host}` -> the senders' ranks behind it."""
-        return {device: set(ranks) for device, ranks in self._topology.items()}
+        return {device: set(ranks) for device, ranks in self._gathered.topology.items()}
 
     # Updates
 
@@ -236,6 +225,7 @@ class ParameterServer:
         *,
         timeout: Timeout = TEN_MINUTES,
         ranks: Sequence[int] | None = None,
+        keep_buffers: bool = False,
         on_progress: Progress | None = None,
     ) -> UpdateReport:
         """Puts the checkpoint into the workers of all `ranks`, or into none. Each of them must call it.
@@ -246,6 +236,8 @@ class ParameterServer:
             timeout: for the whole update.
             ranks: those to update; None or empty: all. Of the others only those must call that hold a part
                 of the checkpoint: they take part without a worker.
+            keep_buffers: keep the ring on the device for the next update: faster, but its memory is not the
+                engine's in between, nor while the post hooks run.
             on_progress: called with (bytes loaded by this rank's worker, bytes in all).
 
         Raises:
@@ -256,7 +248,7 @@ class ParameterServer:
         wanted = sorted(set(ranks or range(self.world_size)))
         if wanted[0] < 0 or wanted[-1] >= self.world_size:
             raise ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
-        members = self._members(checkpoint_name, wanted)
+        members = self._gathered.members(checkpoint_name, wanted)
         deadline = _deadline(timeout)
         session = UpdateSession(
             me=self._rank(deadline),
@@ -266,6 +258,7 @@ class ParameterServer:
             prepare=lambda: self._prepare(checkpoint_name),
             req_func=req_func,
             deadline=deadline,
+            keep_buffers=keep_buffers,
             progress=on_progress,
         )
         report = session.run()
@@ -280,34 +273,14 @@ class ParameterServer:
         )
         return report
 
-    def _members(self, checkpoint_name: str, wanted: list[int]) -> tuple[int, ...]:
-        """Those who are updated, and those who hold what they need; the same on every rank."""
-        _, metas = self._gathered.get(checkpoint_name, (None, {}))
-        members = sorted({*wanted, *(rank for rank, held in metas.items() if held.tensor_count)})
-        if self.rank not in members:
-            raise ConfigError(
-                f"ranks={wanted}: rank {self.rank} is not among them and holds nothing of "
-                f"{checkpoint_name!r}: it must not call update"
-            )
-        return tuple(members)
-
     def _prepare(self, checkpoint_name: str) -> tuple[HostCheckpoint | None, Metas, str]:
-        known = checkpoint_name in self._registry.names()
-        if checkpoint_name not in self._gathered:
-            raise UnknownCheckpointError(
-                f"{checkpoint_name!r} is registered but not gathered: call gather_metas first"
-                if known
-                else f"{checkpoint_name!r} is neither registered nor gathered on rank {self.rank}, which has "
-                + (", ".join(map(repr, self._registry.names())) or "nothing")
-            )
-        epoch, metas = self._gathered[checkpoint_name]
-        held = self._registry.get(checkpoint_name) if known else None
-        if (held.epoch if held else None) != epoch:
-            raise CheckpointError(
-                f"{checkpoint_name!r} changed on rank {self.rank} since gather_metas: call it again"
-            )
-        digest = hashlib.sha256(metas_to_json(metas)).hexdigest()
+        held = self._held(checkpoint_name)
+        metas, digest = self._gathered.of(checkpoint_name, held.epoch if held else "", self._registry.names())
         return held, metas, digest
+
+    def _held(self, checkpoint_name: str) -> HostCheckpoint | None:
+        known = checkpoint_name in self._registry.names()
+        return self._registry.get(checkpoint_name) if known else None
 
     # Groups
 
@@ -361,6 +334,7 @@ class ParameterServer:
             settings=self.settings,
             mem_fraction=self.mem_fraction,
             device=self._device,
+            buffers=Buffers(self._device),
             control=control,
             directory=directory,
             zmq_ctx=zmq.Context(),
@@ -381,12 +355,12 @@ class ParameterServer:
         """Frees host memory, sockets and groups. Idempotent; also called at the interpreter's exit."""
         _OPEN.discard(self)
         self._registry.close()
-        self._gathered.clear()
         if self._owns_default_group and dist.is_initialized():
             dist.destroy_process_group()
             self._owns_default_group = False
         me, self._me = self._me, None
         if me is not None:
+            me.buffers.free()
             me.drop_groups()
             me.control.close()
             me.directory.close()
@@ -412,24 +386,6 @@ class ParameterServer:
             buffers=held.buffers if held else (),
         )
 
-    def _check_without(self, lost: dict[int, str], checkpoint_name: str, metas: Metas) -> None:
-        """Raises CheckpointError: ranks are gone, and with them tensors that nobody else holds yet."""
-        _, before = self._gathered.get(checkpoint_name, (None, {}))
-        missing = sorted(_names(before) - _names(metas))
-        gone = ", ".join(f"rank {rank} ({reason})" for rank, reason in lost.items())
-        if missing:
-            raise CheckpointError(
-                f"{gone} is gone, and with it {len(missing)} tensors of {checkpoint_name!r} ({missing[0]} "
-                "first): register them on the ranks that are left"
-            )
-        logger.warning(
-            "%s is gone; update(%r, ranks=%s) goes on without", gone, checkpoint_name, sorted(metas)
-        )
-
-    def _show(self, metas: Metas) -> None:
-        self._metas = metas
-        self._topology = topology(metas)
-
 
 _OPEN: weakref.WeakSet[ParameterServer] = weakref.WeakSet()
 
@@ -439,22 +395,6 @@ def _close_all() -> None:
     """Rank 0 serves the store: it must not go before the others have read the last decision."""
     for server in list(_OPEN):
         server.close()
-
-
-def _names(metas: Metas) -> set[str]:
-    return {tensor.name for held in metas.values() for buffer in held.buffers for tensor in buffer.tensors}
-
-
-def _check_devices(metas: Metas) -> None:
-    seen: dict[str, int] = {}
-    for rank, held in sorted(metas.items()):
-        other = seen.setdefault(held.device_uuid, rank)
-        if other != rank:
-            raise ConfigError(
-                f"ranks {other} and {rank} both have device {held.device_uuid}: set gpu_count to the "
-                "number of ranks on a host, CKPT_ENGINE_HOST_ID to a name of its own for each host, or "
-                "CKPT_ENGINE_DEVICE_UUID for each rank"
-            )
 
 
 def _deadline(timeout: Timeout) -> Deadline:

@@ -27,6 +27,7 @@ __all__ = [
     "make_device",
     "map_ring",
     "open_shared_ring",
+    "synchronize_stream",
 ]
 
 
@@ -87,6 +88,12 @@ def map_ring(handle: RingHandle, descriptors: list[int], device_id: int | None) 
     from ckpt_engine.devices.cuda import WorkerRing
 
     return WorkerRing(device_id, handle)
+
+
+def synchronize_stream(device_id: int | None) -> None:
+    """Waits for a worker's current stream (nothing on CPU). Raises what the device reports as failed."""
+    if device_id is not None and torch.cuda.is_available():
+        torch.cuda.current_stream(device_id).synchronize()
 
 
 def open_shared_ring(handle: RingHandle, descriptors: Sequence[int], *, writable: bool) -> SharedRing:

@@ -23,7 +23,7 @@ import torch
 import zmq
 
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import MappedRing, map_ring
+from ckpt_engine.devices import MappedRing, map_ring, synchronize_stream
 from ckpt_engine.errors import ConfigError, ErrorRecord, PeerLost, ProtocolError, UpdateError, UpdateTimeout
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.sockets import IDENTITY_NBYTES, receive_descriptors, tune
@@ -287,6 +287,7 @@ class _Receiver:
         self._stage = "post_hook"
         if self._post_hook is not None:
             self._post_hook()
+            synchronize_stream(self._device_id)
         self._stage = "finish"
         connection.send(messages.Finished())
         commit = self._expect(messages.Commit, deadline, "the decision of all ranks")

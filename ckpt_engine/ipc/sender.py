@@ -65,7 +65,7 @@ class WorkerChannel:
         self._identity: bytes | None = None
         self._lifelines: list[_Lifeline] = []
         self._known: set[bytes] = set()  # identities that came over a lifeline
-        self._finishing = False
+        self._finishing = self._freed = False
         self._told = False  # how the update ended
         self._zmq = zmq_ctx.socket(zmq.ROUTER)
         self._listener: socket.socket | None = None
@@ -97,6 +97,7 @@ class WorkerChannel:
 
     def freed(self) -> None:
         """The ring's memory is free: the worker may run its post hook."""
+        self._freed = True
         self._send(messages.Freed())
 
     def beat(self) -> None:
@@ -260,7 +261,7 @@ class WorkerChannel:
         if isinstance(message, messages.Released):
             return self._finishing and not self.released
         if isinstance(message, messages.Finished):
-            return self.released and not self.finished
+            return self._freed and not self.finished
         return self._told
 
     def _hello(self, identity: bytes, hello: messages.Hello) -> None:

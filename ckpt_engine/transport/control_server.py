@@ -90,7 +90,7 @@ class ControlServer:
 
     def _waiting(self, round_: _Round) -> bool:
         """Whether a rank that is still there has yet to learn, or to say that it learnt, how this ended."""
-        return any(rank not in round_.left and rank in self._clients for rank in round_.entered)
+        return any(rank not in round_.left and rank in self._clients for rank in tuple(round_.entered))
 
     # The thread
 
@@ -195,6 +195,7 @@ class ControlServer:
         for round_ in list(self._rounds.values()):
             if client.rank in round_.key.members:
                 self._consider(round_)
+                self._forget_if_over(round_)
 
     # Rounds
 
@@ -234,8 +235,7 @@ class ControlServer:
         round_.entered.add(rank)
         if isinstance(message, messages.Left):
             round_.left.add(rank)
-            if set(round_.key.members) <= round_.left | self._lost.keys():
-                del self._rounds[message.round]
+            self._forget_if_over(round_)
             return
         if round_.verdict is not None:
             # Late: it learns what was decided without it, or that another's error came first.
@@ -256,6 +256,10 @@ class ControlServer:
             round_.purpose, round_.without_lost = message.purpose, message.without_lost
             round_.brought[rank] = message.payload
             self._consider(round_)
+
+    def _forget_if_over(self, round_: _Round) -> None:
+        if set(round_.key.members) <= round_.left | self._lost.keys():
+            self._rounds.pop(round_.key, None)
 
     def _with_missing(self, round_: _Round, record: ErrorRecord) -> ErrorRecord:
         """Only the server knows for whom a rank waited in vain."""

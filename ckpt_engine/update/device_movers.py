@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
-from ckpt_engine.devices import Staging
 from ckpt_engine.planning.plan import PlannedBucket
 from ckpt_engine.transport.collectives import Collectives
 from ckpt_engine.update.part import Part, at_work_on
@@ -23,14 +22,12 @@ class Mover(Protocol):
         ...
 
     def wait_for_readers(self, index: int) -> None:
-        """Until no other rank reads bucket `index` from this rank's ring any more."""
+        """Until no other rank reads bucket `index`, or one before it, from this rank's ring any more."""
         ...
 
     def deliver(self, item: PlannedBucket) -> None:
         """Brings the bucket into this rank's ring, and marks it ready. Its slots are free."""
         ...
-
-    def close(self) -> None: ...
 
 
 class DirectMover:
@@ -50,8 +47,6 @@ class DirectMover:
             part.copy_from_host(item, part.slots(item))
             part.ring.mark_ready(item.index)
 
-    def close(self) -> None: ...
-
 
 class GroupMover:
     """For ranks with a device each: the owner's copy to its device, then a broadcast among them.
@@ -66,9 +61,7 @@ class GroupMover:
         self._group = group
         self._own = deque(item for item in part.plan.buckets if item.owner == part.rank)
         self._filled: PlannedBucket | None = None
-        self._staging: Staging | None = None
-        if self._own and part.plan.staging_nbytes:
-            self._staging = part.device.allocate_staging(part.plan.staging_nbytes)
+        self._staging = part.staging
 
     def stage_ahead(self) -> None:
         if self._staging is None or self._filled is not None or not self._own:
@@ -105,8 +98,3 @@ class GroupMover:
         part.device.copy(part.slots(item), self._staging.empty()[: item.nbytes])
         self._staging.mark_emptied()
         self._filled = None
-
-    def close(self) -> None:
-        if self._staging is not None:
-            self._staging.close()
-            self._staging = None

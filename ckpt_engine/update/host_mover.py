@@ -53,6 +53,7 @@ class HostMover:
         self._readers = [other for other in hosts.local_ranks(rank) if other != rank]
         self._own = deque(item for item in buckets if item.owner == rank)
         self._sources = [hosts.source_for(rank, item.owner) for item in buckets]
+        self._unread = deque(index for index, source in enumerate(self._sources) if source == rank)
         self._staged: set[int] = set()
         self._copies = [0] * len(buckets)
 
@@ -72,13 +73,17 @@ class HostMover:
 
     def _free(self, item: PlannedBucket) -> bool:
         """Whether nobody uses the slots that `item` needs."""
-        return item.waits_for <= self._part.channel.done and (
-            item.waits_for < 0 or self._copied(item.waits_for)
-        )
+        return item.waits_for <= self._part.channel.done and self._copied(item.waits_for)
 
     def _copied(self, index: int) -> bool:
-        """Whether every rank that copies bucket `index` from this rank's ring has done so."""
-        return self._sources[index] != self._part.rank or self._copies[index] == len(self._readers)
+        """Whether the ranks that copy from this rank's ring have all buckets up to `index`.
+
+        All, not that one alone: a bucket over several slots follows upon several buckets, and `index` may be
+        one that nobody copies from here.
+        """
+        while self._unread and self._copies[self._unread[0]] == len(self._readers):
+            self._unread.popleft()
+        return not self._unread or self._unread[0] > index
 
     def _have(self, item: PlannedBucket) -> None:
         """The bucket lies in this ring: the host's other ranks may copy it."""
@@ -115,5 +120,3 @@ class HostMover:
         self._between_hosts.broadcast(
             part.slots(item), root, part.deadline, poll=lambda: part.reactor.turn(0)
         )
-
-    def close(self) -> None: ...

@@ -15,6 +15,7 @@ from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.settings import Settings
 from ckpt_engine.transport.collectives import Collectives
 from ckpt_engine.transport.control import Control
+from ckpt_engine.update.buffers import Buffers
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,7 @@ class Rank:
     settings: Settings
     mem_fraction: float
     device: Device
+    buffers: Buffers
     control: Control
     directory: SocketDirectory
     zmq_ctx: zmq.Context[zmq.Socket[bytes]]
@@ -65,7 +67,7 @@ def introduce(me: Rank, handle: str, metas_digest: str) -> Introduction:
         memory_pool=me.device.memory_pool(),
         handle=handle,
         peer_path=me.directory.peer_path,
-        free_memory=int(me.device.free_memory() * me.mem_fraction),
+        free_memory=int((me.device.free_memory() + me.buffers.nbytes) * me.mem_fraction),
         slot_nbytes=me.settings.slot_nbytes(me.device.type),
         slot_count=me.settings.slot_count,
         metas_digest=metas_digest,

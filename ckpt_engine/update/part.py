@@ -10,7 +10,7 @@ import torch
 
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import Device, Ring
+from ckpt_engine.devices import Device, Ring, Staging
 from ckpt_engine.errors import ErrorRecord, UpdateError, UpdateTimeout
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.planning.plan import PlannedBucket, UpdatePlan
@@ -26,6 +26,7 @@ class Part:
     checkpoint: HostCheckpoint | None
     device: Device
     ring: Ring
+    staging: Staging | None
     channel: Channel
     reactor: Reactor
     deadline: Deadline

@@ -39,14 +39,15 @@ class Pipeline:
                 self._mover.deliver(item)
             part.channel.announce(item.index)
         part.wait_for_worker(len(part.plan.buckets) - 1)
-        for item in part.plan.buckets:
-            self._mover.wait_for_readers(item.index)
+        self._mover.wait_for_readers(len(part.plan.buckets) - 1)
 
     def _while_waiting(self) -> None:
         self._mover.stage_ahead()
         done = self._part.channel.done
         if done > self._reported:
             given_back = self._part.plan.buckets[self._reported + 1 : done + 1]
-            self._reported_nbytes += sum(item.nbytes for item in given_back)
+            self._reported_nbytes += sum(
+                tensor.nbytes for item in given_back for tensor in item.bucket.tensors
+            )
             self._reported = done
             self._progress(self._reported_nbytes)

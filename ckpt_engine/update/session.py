@@ -17,7 +17,6 @@ import msgspec
 
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import Ring
 from ckpt_engine.errors import (
     CheckpointError,
     ConfigError,
@@ -34,7 +33,6 @@ from ckpt_engine.metadata import Metas
 from ckpt_engine.planning.plan import UpdatePlan, make_plan
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
-from ckpt_engine.update.device_movers import Mover
 from ckpt_engine.update.introduction import Meeting, Rank, introduce
 from ckpt_engine.update.movers import make_mover
 from ckpt_engine.update.no_worker import Channel, NoWorker
@@ -69,7 +67,8 @@ class UpdateReport:
 class UpdateSession:
     """Runs one update on one of its `members`.
 
-    `receives`: whether this rank's worker is to be updated, too. `prepare` returns this rank's share, the
+    `receives`: whether this rank's worker is to be updated, too. `keep_buffers`: keep the ring for the next
+    update instead of freeing it before the post hooks run. `prepare` returns this rank's share, the
     metas and their digest, or raises.
     """
 
@@ -80,6 +79,7 @@ class UpdateSession:
     prepare: Callable[[], tuple[HostCheckpoint | None, Metas, str]]
     req_func: Callable[[SocketPaths], object]
     deadline: Deadline
+    keep_buffers: bool = False
     progress: Progress | None = None
     _stage: str = "begin"
     _stages: dict[str, float] = field(default_factory=dict)
@@ -88,9 +88,7 @@ class UpdateSession:
     _met: bool = False
     _channel: Channel | None = None
     _links: HostLinks | None = None
-    _ring: Ring | None = None
     _request: EngineRequest | None = None
-    _mover: Mover | None = None
     _pipeline: Pipeline | None = None
     _stuck: bool = False
     _verdict: Verdict | None = None
@@ -158,13 +156,15 @@ class UpdateSession:
             # In host memory owners stage in their rings, from which the others copy.
             staging=len(meeting.members) > 1 and not meeting.in_host_memory,
         )
-        self._ring = me.device.allocate_ring(plan.ring.nbytes, plan.ring.count)
+        ring = me.buffers.ring(plan.ring.nbytes, plan.ring.count)
+        is_owner = me.rank in plan.owners()
         part = Part(
             plan=plan,
             rank=me.rank,
             checkpoint=checkpoint,
             device=me.device,
-            ring=self._ring,
+            ring=ring,
+            staging=me.buffers.staging(plan.staging_nbytes if is_owner else 0),
             channel=channel,
             reactor=self._reactor,
             deadline=self.deadline,
@@ -175,17 +175,17 @@ class UpdateSession:
                 session=meeting.token,
                 checkpoint=self.checkpoint_name,
                 version=meeting.name,
-                ring=self._ring.handle(),
+                ring=ring.handle(),
                 buckets=plan.layouts,
                 budget=self.deadline.remaining,
             ),
-            self._ring,
+            ring,
         )
         self._reactor.every_second(channel.beat)
         if self.receives:
             self._ask(meeting.socket_paths)
-        self._mover = make_mover(me, meeting, part, self._links)
-        self._pipeline = Pipeline(part, self._mover, self._progress_of(plan))
+        mover = make_mover(me, meeting, part, self._links)
+        self._pipeline = Pipeline(part, mover, self._progress_of(plan))
         return plan
 
     def _ask(self, socket_paths: SocketPaths) -> None:
@@ -218,7 +218,8 @@ class UpdateSession:
         self._wait_for(lambda: channel.released)
         # All that was enqueued has happened, or it failed: then nobody may commit.
         self.me.device.synchronize()
-        self._free_memory()
+        if not self.keep_buffers:
+            self.me.buffers.free()
         channel.freed()
         self._enter("post_hook")
         self._wait_for(lambda: channel.finished)
@@ -233,13 +234,6 @@ class UpdateSession:
         """For the worker, which has `reply_timeout` for each of its steps."""
         if not self._reactor.wait(done, self.deadline.or_after(self.me.settings.reply_timeout)):
             raise self._timeout("the worker did not answer: it is stopped, or stuck in the engine's own code")
-
-    def _free_memory(self) -> None:
-        if self._mover is not None:
-            self._mover.close()
-        if self._ring is not None:
-            self._ring.close()
-        self.me.device.collect()
 
     def _commit(self, verdict: Verdict) -> None:
         """Tells the worker, and waits for `req_func`."""
@@ -323,11 +317,11 @@ class UpdateSession:
         if self._stuck:
             logger.error(
                 "%d bytes on device %s stay taken: the worker may still read them",
-                self._ring.nbytes if self._ring is not None else 0,
+                self.me.buffers.abandon(),
                 self.me.device.uuid(),
             )
-        else:
-            self._free_memory()
+        elif not (self.keep_buffers and self._verdict is not None and self._verdict.committed):
+            self.me.buffers.free()
         if self.me.settings.release_groups:
             self.me.drop_groups()
 

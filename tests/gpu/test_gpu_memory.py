@@ -19,6 +19,7 @@ from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
 from ckpt_engine.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
+PATHS = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 MiB = 1024 * 1024
 
 
@@ -42,7 +43,7 @@ def run_alone(body: str, **environment: str) -> dict[str, Any]:
         [sys.executable, "-c", program],
         cwd=ROOT,
         env=os.environ
-        | {"PYTHONPATH": str(ROOT), "TEST_DEVICE": "cuda", "CKPT_ENGINE_DEVICE_UUID": "GPU-alone"}
+        | {"PYTHONPATH": PATHS, "TEST_DEVICE": "cuda", "CKPT_ENGINE_DEVICE_UUID": "GPU-alone"}
         | environment,
         capture_output=True,
         text=True,
@@ -98,8 +99,8 @@ def test_a_ring_takes_no_part_of_torchs_allocator() -> None:
     reserved = torch.cuda.memory_reserved(0)
     ring = ServerRing(0, 64 * MiB, 3)
     assert torch.cuda.memory_reserved(0) == reserved
-    before = free()
     ring.view(0, 64 * MiB).fill_(7)
+    before = free()
     assert int(ring.view(12345, 1)[0]) == 7
     ring.close()
     ring.close()

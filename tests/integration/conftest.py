@@ -87,7 +87,8 @@ def torchrun(size: int, module: str, *arguments: str, timeout: float, **environm
     """Runs `module` on `size` ranks; fails the test with all output unless every rank ends well."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size)]
     command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", module, *arguments]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment
     process = subprocess.Popen(
         command,
         cwd=ROOT,

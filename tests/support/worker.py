@@ -51,7 +51,7 @@ def main() -> None:
     settings = load_settings()
     uuid = settings.device_uuid or cpu_uuid(settings, 0)
     weights: dict[str, torch.Tensor] = {}
-    fused = torch.zeros(64 * 1024 * 1024 if cuda else 0, dtype=torch.uint8, device="cuda" if cuda else "cpu")
+    fused = torch.zeros(512 * 1024 * 1024 if cuda else 0, dtype=torch.uint8, device="cuda" if cuda else "cpu")
     used = 0
 
     def load(name: str, tensor: torch.Tensor) -> None:

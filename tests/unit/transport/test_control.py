@@ -19,6 +19,7 @@ from ckpt_engine.transport import control as control_module
 from ckpt_engine.transport import control_messages as messages
 from ckpt_engine.transport.bootstrap import own_store
 from ckpt_engine.transport.control import Control, Round
+from ckpt_engine.transport.control_server import JOIN_SECONDS
 
 SEED = 20261124
 
@@ -180,32 +181,35 @@ def test_a_second_rank_of_the_same_number_is_refused(pair: Fleet) -> None:
     assert pair.exchange([b"a", b"b"]) == [{0: b"a", 1: b"b"}] * 2  # the first one is not disturbed
 
 
-def join(rank: int, token: str, protocol: int = messages.CONTROL_PROTOCOL) -> bytes:
-    return messages.encode_frame(messages.Join(protocol, token, rank, 1))
+def join(rank: int, token: str) -> bytes:
+    return messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, token, rank, 1))
 
 
 @pytest.mark.parametrize(
     "first_words",
     [
         b"GET / HTTP/1.1\r\n\r\n",
-        struct.pack("<I", 2**31),  # a frame that would take 2 GiB
+        struct.pack("<I", 2**20),  # a frame of a MiB
         struct.pack("<I", 3) + b"\xff\xff\xff",
-        join(1, "guess"),
-        join(1, ""),
+        join(2, "guess"),
+        join(2, ""),
         messages.encode_frame(messages.Goodbye()),
         messages.encode_frame(messages.Abandon(messages.RoundKey((0, 1), 1), a_record("from nowhere"))),
     ],
-    ids=["http", "huge", "garbage", "wrong-token", "no-token", "goodbye", "abandon"],
+    ids=["http", "large", "garbage", "wrong-token", "no-token", "goodbye", "abandon"],
 )
 def test_a_stranger_is_put_out_and_disturbs_nobody(first_words: bytes) -> None:
-    with fleet_of(2) as pair:
-        assert pair.controls[0]._server is not None
-        with socket.create_connection(("127.0.0.1", pair.controls[0]._server.port), timeout=LIMIT) as sock:
+    with fleet_of(3, here=2) as fleet:
+        server = fleet.controls[0]._server
+        assert server is not None
+        # At once, not when its time to show the token is over.
+        with socket.create_connection(("127.0.0.1", server.port), timeout=JOIN_SECONDS / 2) as sock:
             sock.sendall(first_words)
             with contextlib.suppress(ConnectionResetError):  # it had not read everything
                 assert sock.recv(1) == b""
-        pair.open_round()
-        assert pair.exchange([b"a", b"b"]) == [{0: b"a", 1: b"b"}] * 2
+        fleet.controls.append(make_control(2, 3, fleet.port))  # its place is still free
+        fleet.open_round()
+        assert fleet.exchange([b"a", b"b", b"c"]) == [{0: b"a", 1: b"b", 2: b"c"}] * 3
 
 
 # Going
