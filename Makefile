@@ -14,16 +14,19 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock clean
+.PHONY: help demo test test-gpu check lock clean
 
 help:  ## Lists the targets
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
 	@$(BIN)/ckpt-engine demo $(ARGS)
 
 test: $(STAMP)  ## Runs all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .

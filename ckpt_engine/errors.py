@@ -216,3 +216,13 @@ class PublishError(CkptEngineError):
     def __init__(self, message: str, *, committed: bool = True) -> None:
         self.committed = committed
         super().__init__(message)
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drops the locals of the frames that the error's traceback keeps: they hold views of the ring, whose
+    memory would otherwise stay for as long as somebody keeps the error."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        _traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -14,7 +14,6 @@ import contextlib
 import os
 import socket
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +23,15 @@ import zmq
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import MappedRing, map_ring, synchronize_stream
-from ckpt_engine.errors import ConfigError, ErrorRecord, PeerLost, ProtocolError, UpdateError, UpdateTimeout
+from ckpt_engine.errors import (
+    ConfigError,
+    ErrorRecord,
+    PeerLost,
+    ProtocolError,
+    UpdateError,
+    UpdateTimeout,
+    clear_frames,
+)
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.sockets import IDENTITY_NBYTES, receive_descriptors, tune
 from ckpt_engine.settings import load_settings
@@ -250,7 +257,7 @@ class _Receiver:
                 tensors=tuple(self._tensors),
                 elapsed=time.monotonic() - self._started,
             )
-            _clear_frames(error)
+            clear_frames(error)
             if not isinstance(error, _Aborted | PeerLost):
                 self._leave(record)
             kind = type(error) if isinstance(error, UpdateError) else UpdateError
@@ -304,7 +311,7 @@ class _Receiver:
     def _load(self, index: int, bucket: messages.BucketLayout) -> None:
         assert self._ring is not None
         self._bucket, self._tensors = index, messages.names_of(bucket)
-        # No view of the ring in a variable that the comprehension would close over: see _clear_frames.
+        # No view of the ring in a variable that the comprehension would close over: see clear_frames.
         tensors = [(tensor.name, self._view(bucket, tensor)) for tensor in bucket.tensors]
         self._touched = True
         self._ring.await_ready(index)
@@ -346,14 +353,6 @@ class _Receiver:
         with contextlib.suppress(UpdateError, ProtocolError):
             while not isinstance(self._connection.receive(deadline, "the abort"), messages.Abort):
                 pass
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drops the locals of the frames that the error's traceback keeps: they hold views of the ring, which
-    would stay mapped for as long as the engine keeps the error."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 class _Aborted(UpdateError):

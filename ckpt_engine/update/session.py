@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ from ckpt_engine.errors import (
     PeerLost,
     UpdateError,
     UpdateTimeout,
+    clear_frames,
 )
 from ckpt_engine.ipc.messages import Begin
 from ckpt_engine.ipc.reactor import Reactor
@@ -280,7 +280,7 @@ class UpdateSession:
             raise OutcomeUnknown(unknown.record, touched=touched) from error
         if verdict.record is None:
             return verdict
-        _clear_frames(error)
+        clear_frames(error)
         self.me.drop_groups()
         self._tell_worker(verdict.record)
         # A caller's own mistake on this rank, and an interrupt, stay what they are.
@@ -324,11 +324,3 @@ class UpdateSession:
             self.me.buffers.free()
         if self.me.settings.release_groups:
             self.me.drop_groups()
-
-
-def _clear_frames(error: BaseException | None) -> None:
-    """Drops the locals of the frames that the error's traceback keeps: they hold views of the ring, whose
-    memory would otherwise stay until the garbage collector finds the cycle."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__

@@ -1,0 +1,191 @@
+"""The death or silence of one end is news to the other, at once and by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import ends_for_ipc_tests
+import pytest
+import zmq
+from ends_for_ipc_tests import (
+    PROMPT_SECONDS,
+    TENSORS,
+    UUID,
+    RawServer,
+    RawWorker,
+    Receiver,
+    Sender,
+    WorkerProcess,
+    open_rings,
+    ring_maps,
+    wait_for,
+)
+
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.errors import PeerLost, UpdateError, UpdateTimeout
+from ckpt_engine.ipc import receiver
+
+Context = zmq.Context[zmq.Socket[bytes]]
+
+
+def test_a_killed_worker_is_named_at_once(context: Context, base: Path) -> None:
+    process = WorkerProcess()
+    try:
+        with Sender(context, base) as sender:
+            process.ask({UUID: sender.handle}, kind="run", bucket=1, action="exit")
+            sender.begin()
+            started = time.monotonic()
+            with pytest.raises(PeerLost, match=rf"worker of device {UUID} \(pid {process.pid}\)") as caught:
+                sender.move()
+            assert time.monotonic() - started < PROMPT_SECONDS
+            assert caught.value.record.device == UUID
+            assert sender.channel.done == 0
+            assert sender.channel.gone
+            assert sender.channel.touched
+            started = time.monotonic()
+            assert sender.channel.abort("nobody is there to hear it")
+            assert time.monotonic() - started < PROMPT_SECONDS
+        assert list(base.iterdir()) == []
+    finally:
+        process.close()
+
+
+def test_a_killed_parameter_server_ends_its_worker_at_once(context: Context, base: Path) -> None:
+    command = [sys.executable, ends_for_ipc_tests.__file__, str(base)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        end = Receiver(context, server.stdout.readline().strip())
+        wait_for(lambda: end.loaded, "the first bucket")
+        server.send_signal(signal.SIGKILL)
+        started = time.monotonic()
+        error = end.error(PROMPT_SECONDS)
+        assert time.monotonic() - started < PROMPT_SECONDS
+        assert isinstance(error, PeerLost)
+        assert "the parameter server died while this worker waited for bucket 1" in str(error)
+        assert error.touched is True
+        assert ring_maps() == []
+    finally:
+        server.kill()
+        server.communicate()
+    # What it left behind goes with the next one on the host.
+    assert len(list(base.iterdir())) == 1
+    with Sender(context, base) as sender:
+        assert list(base.iterdir()) == [sender.directory.path]
+
+
+def test_a_parameter_server_that_dies_before_it_looks_is_lost(context: Context, base: Path) -> None:
+    """The kernel then says "connection reset", not "end of file"."""
+    with RawServer(context, base) as server:
+        end = Receiver(context, server.handle)
+        server.hear()
+        server.listener.close()
+        error = end.error(PROMPT_SECONDS)
+    assert isinstance(error, PeerLost)
+    assert "the parameter server died while this worker waited for the update's plan" in str(error)
+    assert error.touched is False
+
+
+def test_a_parameter_server_that_dies_between_the_ring_and_the_plan_is_lost(
+    context: Context, base: Path
+) -> None:
+    with RawServer(context, base) as server, Sender(context, base) as sender:
+        end = Receiver(context, server.handle)
+        server.meet()
+        before = open_rings()
+        server.give(sender.ring.descriptors())
+        assert server.lifeline is not None
+        server.lifeline.close()
+        error = end.error(PROMPT_SECONDS)
+        assert open_rings() == before
+    assert isinstance(error, PeerLost)
+    assert "waited for the update's plan" in str(error)
+    assert len(ring_maps()) == 0
+
+
+def test_a_worker_that_fails_and_dies_is_heard_and_gone(context: Context, base: Path) -> None:
+    """Its end may be seen before its last message: it must not be waited for."""
+    with Sender(context, base) as sender:
+        raw = RawWorker(context, sender.handle)
+        sender.until(lambda: sender.channel.connected, "Hello")
+        raw.say(receiver.messages.Failure("buckets", "ValueError", "last words", "", UUID, True))
+        assert raw.lifeline is not None
+        raw.lifeline.close()
+        # As if the reactor had been told of the end only.
+        sender.reactor.remove(sender.channel._zmq)
+        with pytest.raises(UpdateError, match="last words"):
+            sender.until(lambda: False, "its failure")
+        assert sender.channel.gone
+        raw.close()
+
+
+def test_a_worker_that_dies_right_after_its_hello_is_lost(context: Context, base: Path) -> None:
+    """Sending to it fails then: that is the same news, not another error."""
+    with Sender(context, base) as sender:
+        raw = RawWorker(context, sender.handle)
+        sender.until(lambda: sender.channel.connected and sender.channel._lifelines, "Hello")
+        raw.close()
+        with pytest.raises(PeerLost, match=rf"worker of device {UUID} \(pid {os.getpid()}\)"):
+            sender.begin()
+
+
+def test_the_kernel_says_who_the_worker_is(context: Context, base: Path) -> None:
+    with Sender(context, base) as sender:
+        raw = RawWorker(context, sender.handle, hello=False)
+        raw.say(receiver.messages.Hello(receiver.messages.PROTOCOL_VERSION, UUID, 1))
+        sender.until(lambda: sender.channel.connected, "Hello")
+        raw.close()
+        with pytest.raises(PeerLost, match=rf"\(pid {os.getpid()}\)"):
+            sender.until(lambda: False, "its end")
+
+
+def test_a_silent_parameter_server_is_left_at_the_deadline(
+    context: Context, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_HANDSHAKE_TIMEOUT", "0.1")
+    monkeypatch.setattr(receiver, "DECISION_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(receiver, "LEAVE_SECONDS", 0.1)
+    with RawServer(context, base) as server:
+        error = Receiver(context, server.handle).error()
+        assert isinstance(error, UpdateTimeout)
+        assert "no answer from the parameter server while waiting for the update's plan" in str(error)
+    with Sender(context, base) as sender:
+        sender.plan = ends_for_ipc_tests.begin_of(TENSORS, budget=0.2)
+        monkeypatch.setenv("CKPT_ENGINE_HANDSHAKE_TIMEOUT", "20")
+        end = Receiver(context, sender.handle)
+        sender.begin()
+        error = end.error()
+        assert isinstance(error, UpdateTimeout)
+        assert "while waiting for bucket 0" in str(error)
+        with pytest.raises(UpdateError, match="no answer from the parameter server"):
+            sender.until(lambda: False, "its failure")
+
+
+def test_a_parameter_server_that_shows_no_sign_of_life_is_left(
+    context: Context, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped: its sockets stay open. Signs of life keep its worker however long it is silent."""
+    monkeypatch.setattr(
+        receiver, "load_settings", lambda: SimpleNamespace(handshake_timeout=20.0, stall_timeout=1.0)
+    )
+    with Sender(context, base) as sender:
+        end = Receiver(context, sender.handle)
+        sender.begin()
+        alive, pause = Deadline.after(1.5), threading.Event()
+        while not alive.passed:
+            sender.channel.beat()
+            pause.wait(0.05)
+        assert end.thread.is_alive()
+        started = time.monotonic()
+        with pytest.raises(UpdateError, match="no answer from the parameter server"):
+            sender.until(lambda: False, "its failure")
+        assert time.monotonic() - started < PROMPT_SECONDS
+        sender.channel.abort("it gave up")
+        assert isinstance(end.error(), UpdateTimeout)
