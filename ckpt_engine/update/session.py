@@ -1,6 +1,6 @@
 """One update on one rank, all or nothing: begin -> buckets -> finish -> every rank agrees -> commit.
 
-Whatever fails on any rank becomes one decision on the control store; every rank then raises the same
+Whatever fails on any rank becomes one decision of the control server; every rank then raises the same
 record, tells its worker, and cleans up. A rank learns the decision through the descriptor of its watcher,
 so it is interrupted in any wait.
 """

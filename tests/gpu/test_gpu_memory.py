@@ -94,6 +94,36 @@ def test_weights_come_from_tensors_on_the_device_too() -> None:
     assert found["equal"]
 
 
+def test_a_worker_may_number_its_devices_in_another_way() -> None:
+    """With one GPU both indices are 0; the worker's numbering is its own all the same (by UUID)."""
+    found = run_alone(
+        "uuid = 'GPU-' + str(torch.cuda.get_device_properties(0).uuid)\n"
+        "worker.close()\n"
+        "worker = Worker(0, CUDA_VISIBLE_DEVICES=uuid)\n"
+        "ps.register_checkpoint('a', named_tensors={'t': torch.ones(8, 8)})\n"
+        "ps.gather_metas('a')\n"
+        "update('a')\n"
+        "print(json.dumps({'outcome': worker.last['status']['outcome']}))\n"
+    )
+    assert found["outcome"] == "committed"
+
+
+def test_a_kept_ring_is_used_again() -> None:
+    found = run_alone(
+        "ps.register_checkpoint('a', named_tensors={'t': torch.ones(1024, 1024)})\n"
+        "ps.gather_metas('a')\n"
+        "req = lambda paths: worker.update(paths, None)\n"
+        "handles = set()\n"
+        "for _ in range(3):\n"
+        "    ps.update('a', req, keep_buffers=True)\n"
+        "    handles.add(ps._me.buffers.ring(4194304, 1).handle().memory)\n"
+        "kept = ps._me.buffers.nbytes\n"
+        "ps.update('a', req)\n"
+        "print(json.dumps({'handles': len(handles), 'kept': kept, 'after': ps._me.buffers.nbytes}))\n"
+    )
+    assert found == {"handles": 1, "kept": 4 * MiB, "after": 0}
+
+
 def test_a_ring_takes_no_part_of_torchs_allocator() -> None:
     torch.cuda.init()
     reserved = torch.cuda.memory_reserved(0)

@@ -31,8 +31,8 @@ VICTIM_BUCKETS = {"first": 0, "middle": 2, "last": -1}
 class Worker:
     """The worker process of this rank's device."""
 
-    def __init__(self, local_rank: int) -> None:
-        env = os.environ | {"CKPT_ENGINE_CPU_DEVICES": str(local_rank)}
+    def __init__(self, local_rank: int, **environment: str) -> None:
+        env = os.environ | {"CKPT_ENGINE_CPU_DEVICES": str(local_rank)} | environment
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.worker"],
             stdin=subprocess.PIPE,
