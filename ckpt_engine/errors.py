@@ -207,7 +207,7 @@ class PeerLost(UpdateError):
 
 
 class OutcomeUnknown(UpdateError):
-    """Rank 0 was lost after this rank's vote: what was decided cannot be learnt; the worker counts as incomplete."""
+    """Rank 0 was lost after this rank's vote: the outcome is unknown, the worker counts as incomplete."""
 
 
 class PublishError(CkptEngineError):

@@ -1,9 +1,10 @@
 """What an update needs of a device: an identity, its free memory, and rings that another process maps.
 
-On a device with streams, copies into a ring and reloads out of it are enqueued, not awaited. Each ring has
-two events for each slot: *ready* (the bucket is in its slot) and *given back* (the reload has read it).
-Bucket number i uses events i mod `event_count`; the plan's credits keep two buckets from sharing one. On CPU
-everything is done when it returns, and the events are nothing.
+On a device with streams, copies into a ring and reloads out of it are enqueued, not awaited, and each ring
+has two events for each slot: *ready* (the bucket is in its slot) and *given back* (the reload has read it).
+Bucket number i uses events i mod `event_count`; the plan's credits keep two buckets from sharing one. Hosts
+look at the events and pass on what they see; no stream ever waits for an event of another process, for a
+process that died would leave it waiting for ever. On CPU everything is done when it returns.
 """
 
 from __future__ import annotations
@@ -47,12 +48,16 @@ class Ring(RingMemory, Protocol):
         """Takes the IPC handles of the worker's events. Raises ProtocolError when they do not fit."""
         ...
 
-    def await_given_back(self, bucket: int) -> None:
-        """What the current stream does next waits until the worker has read `bucket`, which it announced."""
+    def is_given_back(self, bucket: int) -> bool:
+        """Whether the worker, which said that its reload of `bucket` is enqueued, has done it."""
         ...
 
     def mark_ready(self, bucket: int) -> None:
         """`bucket` is ready once the current stream has done what was enqueued so far."""
+        ...
+
+    def is_ready(self, bucket: int) -> bool:
+        """Whether `bucket`, which was marked, lies in its slot."""
         ...
 
 
@@ -61,10 +66,6 @@ class MappedRing(RingMemory, Protocol):
 
     def own_events(self) -> tuple[bytes, ...]:
         """IPC handles of this side's events, for `accept_events`."""
-        ...
-
-    def await_ready(self, bucket: int) -> None:
-        """What the current stream does next waits until `bucket` is ready, which was announced."""
         ...
 
     def mark_given_back(self, bucket: int) -> None:

@@ -110,14 +110,16 @@ class SharedRing:
         if given_back:
             raise ProtocolError("events of a device with streams, for a ring in host memory")
 
-    def await_given_back(self, bucket: int) -> None: ...
+    def is_given_back(self, bucket: int) -> bool:
+        return True
 
     def mark_ready(self, bucket: int) -> None: ...
 
+    def is_ready(self, bucket: int) -> bool:
+        return True
+
     def own_events(self) -> tuple[bytes, ...]:
         return ()
-
-    def await_ready(self, bucket: int) -> None: ...
 
     def mark_given_back(self, bucket: int) -> None: ...
 

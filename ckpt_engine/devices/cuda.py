@@ -1,8 +1,8 @@
-"""CUDA devices: rings shared by CUDA IPC, streams that meet at inter-process events.
+"""CUDA devices: rings shared by CUDA IPC, with an inter-process event for each slot.
 
-The parameter server's stream records *ready* when a bucket is in its slot, the worker's stream waits for
-it, reloads, and records *given back*, for which the parameter server's stream waits before it reuses the
-slot. The host only passes notes; nobody waits for a whole device.
+The parameter server announces a bucket when its *ready* event has happened; the worker enqueues the reload
+and records *given back*, at which the parameter server looks before it reuses the slot. While it looks, the
+copies into the other slots go on. Nobody waits for a whole device, nor on the device for another process.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 5.0
 """How long a worker that leaves early waits for its own reloads before it unmaps what they read."""
+MAX_EVENTS = 65536
+"""More slots than that are no sensible ring."""
 
 
 def device_uuid_of(index: int) -> str:
@@ -82,7 +84,8 @@ class ServerRing:
         try:
             self._memory = cudart.ipc_handle(index, self._address)
             self._bytes: torch.Tensor | None = _as_bytes(index, self._address, nbytes)
-            self._ready = _Events(index, event_count)
+            with torch.cuda.device(index):
+                self._ready = [torch.cuda.Event() for _ in range(event_count)]
         except BaseException:
             cudart.free(index, self._address)
             raise
@@ -97,7 +100,7 @@ class ServerRing:
         return CudaRing(
             nbytes=self.nbytes,
             memory=self._memory,
-            ready=self._ready.handles,
+            event_count=len(self._ready),
             device=device_uuid_of(self._index),
         )
 
@@ -105,18 +108,18 @@ class ServerRing:
         return []
 
     def accept_events(self, given_back: Sequence[bytes]) -> None:
-        if len(given_back) != len(self._ready.events):
-            raise ProtocolError(
-                f"the worker has {len(given_back)} events for a ring of {len(self._ready.events)}"
-            )
+        if len(given_back) != len(self._ready):
+            raise ProtocolError(f"the worker has {len(given_back)} events for a ring of {len(self._ready)}")
         self._given_back = _open_events(self._index, given_back)
 
-    def await_given_back(self, bucket: int) -> None:
-        torch.cuda.current_stream(self._index).wait_event(self._given_back[bucket % len(self._given_back)])
+    def is_given_back(self, bucket: int) -> bool:
+        return bool(self._given_back[bucket % len(self._given_back)].query())
 
     def mark_ready(self, bucket: int) -> None:
-        events = self._ready.events
-        events[bucket % len(events)].record(torch.cuda.current_stream(self._index))
+        self._ready[bucket % len(self._ready)].record(torch.cuda.current_stream(self._index))
+
+    def is_ready(self, bucket: int) -> bool:
+        return bool(self._ready[bucket % len(self._ready)].query())
 
     def close(self) -> None:
         self._bytes = None
@@ -130,8 +133,8 @@ class WorkerRing:
     """A worker's map of the ring, on its own index of the same device."""
 
     def __init__(self, index: int, handle: CudaRing) -> None:
-        if not handle.ready:
-            raise ProtocolError("a CUDA ring without events")
+        if not 0 < handle.event_count <= MAX_EVENTS:
+            raise ProtocolError(f"a CUDA ring with {handle.event_count} events")
         mine = device_uuid_of(index)
         if handle.device != mine:
             raise ConfigError(
@@ -143,8 +146,7 @@ class WorkerRing:
         self._address = cudart.open_ipc_handle(index, handle.memory)
         try:
             self._bytes: torch.Tensor | None = _as_bytes(index, self._address, handle.nbytes)
-            self._ready = _open_events(index, handle.ready)
-            self._given_back = _Events(index, len(handle.ready))
+            self._given_back = _Events(index, handle.event_count)
         except BaseException:
             cudart.close_ipc_handle(index, self._address)
             raise
@@ -156,9 +158,6 @@ class WorkerRing:
 
     def own_events(self) -> tuple[bytes, ...]:
         return self._given_back.handles
-
-    def await_ready(self, bucket: int) -> None:
-        torch.cuda.current_stream(self._index).wait_event(self._ready[bucket % len(self._ready)])
 
     def mark_given_back(self, bucket: int) -> None:
         events = self._given_back.events
@@ -180,12 +179,11 @@ class WorkerRing:
                 self.nbytes,
             )
             return
-        self._ready = []
         cudart.close_ipc_handle(self._index, address)
         torch.cuda.ipc_collect()
 
     def _drained(self) -> bool:
-        """Whether the reloads enqueued so far are done; a parameter server that died may never let them."""
+        """Whether the reloads enqueued so far are done; the engine's own work before them may take long."""
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._index))
         until = time.monotonic() + DRAIN_SECONDS

@@ -14,13 +14,13 @@ class SharedMemoryRing(msgspec.Struct, frozen=True, tag=True, array_like=True, f
 class CudaRing(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
     """An allocation of `nbytes` bytes on a CUDA device.
 
-    `memory`: its 64-byte IPC handle. `ready`: IPC handles of one event for each slot, which the parameter
-    server records when a bucket lies there. `device`: UUID of the device itself, whatever its key is.
+    `memory`: its 64-byte IPC handle. `event_count`: how many events the worker has to bring. `device`: UUID
+    of the device itself, whatever its key is.
     """
 
     nbytes: int
     memory: bytes
-    ready: tuple[bytes, ...]
+    event_count: int
     device: str
 
 

@@ -314,7 +314,6 @@ class _Receiver:
         # No view of the ring in a variable that the comprehension would close over: see clear_frames.
         tensors = [(tensor.name, self._view(bucket, tensor)) for tensor in bucket.tensors]
         self._touched = True
-        self._ring.await_ready(index)
         self._run(tensors)
         self._ring.mark_given_back(index)
 

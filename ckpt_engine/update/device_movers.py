@@ -43,7 +43,6 @@ class DirectMover:
     def deliver(self, item: PlannedBucket) -> None:
         part = self._part
         with part.device.use_copy_stream():
-            part.await_slots(item)
             part.copy_from_host(item, part.slots(item))
             part.ring.mark_ready(item.index)
 
@@ -78,7 +77,6 @@ class GroupMover:
         part = self._part
         self.stage_ahead()
         with part.device.use_broadcast_stream():
-            part.await_slots(item)
             slots = part.slots(item)
             if item.owner == part.rank:
                 self._bring(item)

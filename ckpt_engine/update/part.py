@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,10 +17,14 @@ from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.planning.plan import PlannedBucket, UpdatePlan
 from ckpt_engine.update.no_worker import Channel
 
+PAUSE_SECONDS = 0.0001
+"""Between two looks at a device's events: far below the milliseconds that a slot's copy takes."""
+
 
 @dataclass(kw_only=True)
 class Part:
-    """`while_waiting` is called before each look at the sockets: work that may be done ahead."""
+    """`while_waiting` is called before each look at the sockets: work that may be done ahead. It returns
+    whether copies are on their way to the ring, whose end it has to look for."""
 
     plan: UpdatePlan
     rank: int
@@ -31,17 +36,28 @@ class Part:
     reactor: Reactor
     deadline: Deadline
     reply_timeout: float
-    while_waiting: Callable[[], None] = lambda: None
+    while_waiting: Callable[[], bool] = lambda: False
 
     # Waiting
 
     def wait_for_worker(self, index: int) -> None:
-        """Until the worker has given back bucket `index`. One that gives nothing back for `reply_timeout`
-        seconds is stuck or stopped.
+        """Until the worker has given back bucket `index`, on its device too. One that gives nothing back for
+        `reply_timeout` seconds is stuck or stopped.
 
         Raises:
             UpdateTimeout: with the bucket that the worker has.
         """
+        self._wait_for_reply(index)
+        deadline = self.deadline.or_after(self.reply_timeout)
+        if index >= 0 and not self._turn_until(
+            lambda: self.ring.is_given_back(index), deadline, PAUSE_SECONDS
+        ):
+            item = self.plan.buckets[index]
+            message = f"the device of the worker (pid {self.channel.worker_pid}) has not done its reload"
+            with at_work_on(item):
+                raise UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))
+
+    def _wait_for_reply(self, index: int) -> None:
         while self.channel.done < index:
             before = self.channel.done
             deadline = self.deadline.or_after(self.reply_timeout)
@@ -60,14 +76,19 @@ class Part:
             message = f"waited for {what} (bucket {bucket})"
             raise UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))
 
-    def _turn_until(self, done: Callable[[], bool], deadline: Deadline) -> bool:
+    def _turn_until(self, done: Callable[[], bool], deadline: Deadline, pause: float = 0.0) -> bool:
+        """`pause`: seconds between looks at something that wakes nobody, as a device's events do not."""
         while True:
-            self.while_waiting()
+            pending = self.while_waiting()
             if done():
                 return True
             if deadline.passed:
                 return False
-            self.reactor.turn(min(1.0, deadline.remaining + 0.001))
+            if pending or pause:
+                self.reactor.turn(0)
+                time.sleep(PAUSE_SECONDS)
+            else:
+                self.reactor.turn(min(1.0, deadline.remaining + 0.001))
 
     # Bytes
 
@@ -83,11 +104,6 @@ class Part:
                 target[part.bucket_offset : part.bucket_offset + part.nbytes],
                 self.checkpoint.view(part.buffer, part.offset, part.nbytes),
             )
-
-    def await_slots(self, item: PlannedBucket) -> None:
-        """What the current stream does next waits until the worker has read what lay in these slots."""
-        if item.waits_for >= 0:
-            self.ring.await_given_back(item.waits_for)
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 One thread walks the plan's sequence on every rank. A rank takes bucket i once the bucket whose slots it
 needs has been given back, which no later bucket can delay: that is why no cycle of waits can form. While
-it waits, it stages the buckets it owns ahead of the others, so that all owners' copies run in parallel.
+it waits, it announces the buckets that have arrived in its ring, and stages the buckets it owns ahead of
+the others, so that all owners' copies run in parallel.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
+from ckpt_engine.planning.plan import PlannedBucket
 from ckpt_engine.update.device_movers import Mover
 from ckpt_engine.update.part import Part, at_work_on
 
@@ -20,6 +23,7 @@ class Pipeline:
         self._part = part
         self._mover = mover
         self._progress = progress
+        self._on_the_way: deque[PlannedBucket] = deque()
         self._reported = -1
         self._reported_nbytes = 0
         part.while_waiting = self._while_waiting
@@ -37,12 +41,21 @@ class Pipeline:
                     part.wait_for_worker(item.waits_for)
                     self._mover.wait_for_readers(item.waits_for)
                 self._mover.deliver(item)
-            part.channel.announce(item.index)
-        part.wait_for_worker(len(part.plan.buckets) - 1)
-        self._mover.wait_for_readers(len(part.plan.buckets) - 1)
+            self._on_the_way.append(item)
+            self._announce()
+        last = len(part.plan.buckets) - 1
+        part.wait(lambda: not self._on_the_way, "the last copies to its device", last)
+        part.wait_for_worker(last)
+        self._mover.wait_for_readers(last)
 
-    def _while_waiting(self) -> None:
+    def _announce(self) -> None:
+        """In sequence, and only what lies in the ring: no worker's stream ever waits for this process."""
+        while self._on_the_way and self._part.ring.is_ready(self._on_the_way[0].index):
+            self._part.channel.announce(self._on_the_way.popleft().index)
+
+    def _while_waiting(self) -> bool:
         self._mover.stage_ahead()
+        self._announce()
         done = self._part.channel.done
         if done > self._reported:
             given_back = self._part.plan.buckets[self._reported + 1 : done + 1]
@@ -51,3 +64,4 @@ class Pipeline:
             )
             self._reported = done
             self._progress(self._reported_nbytes)
+        return bool(self._on_the_way)
