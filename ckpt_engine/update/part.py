@@ -48,6 +48,8 @@ class Part:
             UpdateTimeout: with the bucket that the worker has.
         """
         self._wait_for_reply(index)
+        if not self.channel.connected:
+            return  # No worker, and so no events of one: what lies here was only sent on, by our own streams.
         deadline = self.deadline.or_after(self.reply_timeout)
         if index >= 0 and not self._turn_until(
             lambda: self.ring.is_given_back(index), deadline, PAUSE_SECONDS
