@@ -31,7 +31,7 @@ class GatheredMetas:
         Raises:
             UnknownCheckpointError: no rank holds anything under this name.
             ConfigError: two ranks have the same device UUID.
-            CheckpointError: ranks are gone, and with them tensors that nobody else holds yet.
+            CheckpointError: ranks are gone, and with them tensors that nobody else holds, or may have.
         """
         if not any(held.tensor_count for held in metas.values()):
             raise UnknownCheckpointError(
@@ -51,6 +51,12 @@ class GatheredMetas:
         _, before = self._by_name.get(name, ("", {}))
         missing = sorted(_tensors(before) - _tensors(metas))
         gone = ", ".join(f"rank {rank} ({reason})" for rank, reason in lost.items())
+        if not before:
+            # It may have held a share of what nobody has seen whole: only the caller can tell.
+            raise CheckpointError(
+                f"{gone} is gone, and nobody knows whether it held a part of {name!r}: once the ranks that "
+                f"are left hold all of it, say so with gather_metas({name!r}, ranks={sorted(metas)})"
+            )
         if missing:
             raise CheckpointError(
                 f"{gone} is gone, and with it {len(missing)} tensors of {name!r} ({missing[0]!r} first): "

@@ -14,17 +14,17 @@ import atexit
 import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
 
 import torch
 import torch.distributed as dist
-import zmq
 from torch._C._distributed_c10d import PrefixStore
 
 from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint
-from ckpt_engine.deadline import Deadline
+from ckpt_engine.deadline import Deadline, Timeout, deadline_of
 from ckpt_engine.devices import detect_device, device_count, make_device
 from ckpt_engine.errors import (
     CheckpointExistsError,
@@ -32,20 +32,15 @@ from ckpt_engine.errors import (
     ErrorRecord,
 )
 from ckpt_engine.gathered import GatheredMetas
-from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
-from ckpt_engine.transport.control import Control, error_of
-from ckpt_engine.update.buffers import Buffers
-from ckpt_engine.update.introduction import Rank
+from ckpt_engine.transport.control import error_of
+from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession
 
 logger = logging.getLogger(__name__)
-
-Timeout = timedelta | float
-"""A duration, or seconds."""
 
 TEN_MINUTES = timedelta(minutes=10)
 
@@ -172,19 +167,28 @@ class ParameterServer:
         """What is registered on this rank, sorted."""
         return self._registry.names()
 
-    def gather_metas(self, checkpoint_name: str, timeout: Timeout = TEN_MINUTES) -> None:
-        """All ranks exchange what each holds of a checkpoint. Every rank must call it.
+    def gather_metas(
+        self, checkpoint_name: str, timeout: Timeout = TEN_MINUTES, *, ranks: Sequence[int] | None = None
+    ) -> None:
+        """The ranks exchange what each holds of a checkpoint. Every one of them must call it.
+
+        Args:
+            ranks: those that hold the whole checkpoint between them; None: all. Name those that are left once
+                a rank is gone for good.
 
         Raises:
             UnknownCheckpointError: no rank holds anything under this name.
-            ConfigError: two ranks have the same device UUID.
-            CheckpointError: ranks are gone, and with them tensors that nobody else holds yet.
+            ConfigError: two ranks have the same device UUID, or `ranks` is out of range.
+            CheckpointError: ranks are gone that held tensors which nobody else holds, or may have.
             UpdateError: a rank did not come, or could not register its share; the same on every rank.
         """
-        deadline = _deadline(timeout)
+        deadline = deadline_of(timeout)
+        members = self._in_range(ranks)
+        if self.rank not in members:
+            raise ConfigError(f"ranks={members}: rank {self.rank} is not among them: it must not gather")
         me = self._rank(deadline)
         held = self._held(checkpoint_name)
-        round_ = me.control.open_round()
+        round_ = me.control.open_round(members)
         try:
             if checkpoint_name in self._failed:
                 raise error_of(self._failed[checkpoint_name])
@@ -192,7 +196,7 @@ class ParameterServer:
                 f"gather_metas({checkpoint_name!r})",
                 metas_to_json({self.rank: self._metas_of(held)}),
                 deadline,
-                without_lost=True,
+                without_lost=ranks is None,
             )
         except BaseException as error:
             round_.abort(ErrorRecord.from_exception(error, rank=self.rank, stage="gather"))
@@ -245,11 +249,9 @@ class ParameterServer:
             PublishError: it did, but `req_func` failed.
             UnknownCheckpointError: not gathered since it was registered.
         """
-        wanted = sorted(set(ranks or range(self.world_size)))
-        if wanted[0] < 0 or wanted[-1] >= self.world_size:
-            raise ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
+        wanted = self._in_range(ranks)
         members = self._gathered.members(checkpoint_name, wanted)
-        deadline = _deadline(timeout)
+        deadline = deadline_of(timeout)
         session = UpdateSession(
             me=self._rank(deadline),
             members=members,
@@ -278,6 +280,22 @@ class ParameterServer:
         metas, digest = self._gathered.of(checkpoint_name, held.epoch if held else "", self._registry.names())
         return held, metas, digest
 
+    def _in_range(self, ranks: Sequence[int] | None) -> list[int]:
+        """The ranks, sorted; None or empty: all.
+
+        Raises:
+            ConfigError: there are no such ranks; the others, who may be waiting for this one, get to know.
+        """
+        wanted = sorted(set(ranks or range(self.world_size)))
+        if wanted[0] >= 0 and wanted[-1] < self.world_size:
+            return wanted
+        mistake = ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
+        if self._me is not None:
+            round_ = self._me.control.open_round()
+            round_.abort(ErrorRecord.from_exception(mistake, rank=self.rank, stage="begin"))
+            round_.leave()
+        raise mistake
+
     def _held(self, checkpoint_name: str) -> HostCheckpoint | None:
         known = checkpoint_name in self._registry.names()
         return self._registry.get(checkpoint_name) if known else None
@@ -299,7 +317,7 @@ class ParameterServer:
             raise ConfigError("master_addr and master_port were given, but the control store is up already")
         self._master_addr = master_addr or self._master_addr
         self._master_port = master_port or self._master_port
-        deadline = _deadline(timeout)
+        deadline = deadline_of(timeout)
         me = self._rank(deadline, explicit=True)
         if not dist.is_initialized():
             dist.init_process_group(
@@ -317,27 +335,14 @@ class ParameterServer:
             return self._me
         if not (self.auto_pg or explicit or dist.is_initialized()):
             raise ConfigError("auto_pg=False: call init_process_group() first, or torch.distributed's own")
-        directory = SocketDirectory(self.settings.socket_dir)
-        try:
-            control = Control(
-                self._meeting_point(deadline),
-                rank=self.rank,
-                world_size=self.world_size,
-                deadline=deadline,
-                stall_seconds=self.settings.stall_timeout,
-            )
-        except BaseException:
-            directory.close()
-            raise
-        self._me = Rank(
-            rank=self.rank,
-            settings=self.settings,
-            mem_fraction=self.mem_fraction,
-            device=self._device,
-            buffers=Buffers(self._device),
-            control=control,
-            directory=directory,
-            zmq_ctx=zmq.Context(),
+        self._me = Rank.join(
+            self.rank,
+            self.world_size,
+            self.settings,
+            self.mem_fraction,
+            self._device,
+            lambda: self._meeting_point(deadline),
+            deadline,
         )
         return self._me
 
@@ -354,17 +359,14 @@ class ParameterServer:
     def close(self) -> None:
         """Frees host memory, sockets and groups. Idempotent; also called at the interpreter's exit."""
         _OPEN.discard(self)
-        self._registry.close()
-        if self._owns_default_group and dist.is_initialized():
-            dist.destroy_process_group()
-            self._owns_default_group = False
         me, self._me = self._me, None
-        if me is not None:
-            me.buffers.free()
-            me.drop_groups()
-            me.control.close()
-            me.directory.close()
-            me.zmq_ctx.term()
+        with ExitStack() as ending:  # The last first, and each whatever the others raise.
+            if me is not None:
+                ending.callback(me.close)
+            if self._owns_default_group and dist.is_initialized():
+                self._owns_default_group = False
+                ending.callback(dist.destroy_process_group)
+            ending.callback(self._registry.close)
 
     def __enter__(self) -> ParameterServer:
         return self
@@ -395,10 +397,3 @@ def _close_all() -> None:
     """Rank 0 serves the store: it must not go before the others have read the last decision."""
     for server in list(_OPEN):
         server.close()
-
-
-def _deadline(timeout: Timeout) -> Deadline:
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else float(timeout)
-    if not seconds > 0:
-        raise ConfigError(f"timeout={timeout}: must be a positive number of seconds")
-    return Deadline.after(seconds)

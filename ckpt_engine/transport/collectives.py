@@ -18,6 +18,11 @@ from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateTimeout
 SLICE = timedelta(milliseconds=20)
 BEYOND_DEADLINE = timedelta(seconds=10)
 """How much later gloo would end a wait by itself: ours names what was waited for."""
+FORMING_SECONDS = 60.0
+"""How long gloo itself waits for the members of a group, all of whom have just met."""
+
+CLOSE_SECONDS = 1.0
+"""How long a caller waits for a group to be gone; longer only where a member is stopped."""
 
 _G = TypeVar("_G")
 
@@ -58,9 +63,9 @@ class GlooCollectives:
     def __init__(
         self, store: Store, prefix: str, place: int, size: int, deadline: Deadline, poll: Poll
     ) -> None:
-        timeout = timedelta(seconds=max(1.0, deadline.remaining))
+        timeout = timedelta(seconds=max(1.0, min(FORMING_SECONDS, deadline.remaining)))
         made = _in_thread(
-            lambda: dist.ProcessGroupGloo(PrefixStore(prefix, store), place, size, timeout), deadline, poll
+            lambda: dist.ProcessGroupGloo(_own(store, prefix), place, size, timeout), deadline, poll
         )
         self._group: dist.ProcessGroupGloo | None = made
 
@@ -83,7 +88,14 @@ class GlooCollectives:
             raise _broken("a broadcast broke", error) from error
 
     def close(self) -> None:
+        held = [self._group]
         self._group = None
+        if held[0] is not None:
+            # Its destructor waits for what a stopped member has not taken yet. No daemon thread: torch
+            # aborts the process if the interpreter goes while one is in there.
+            thread = threading.Thread(target=held.clear, name="ckpt-engine-group-end")
+            thread.start()
+            thread.join(CLOSE_SECONDS)
 
 
 class NcclCollectives:
@@ -106,7 +118,7 @@ class NcclCollectives:
 
         def make() -> dist.ProcessGroupNCCL:
             torch.cuda.set_device(self._device)
-            group = dist.ProcessGroupNCCL(PrefixStore(prefix, store), place, size, options)
+            group = dist.ProcessGroupNCCL(_own(store, prefix), place, size, options)
             # The communicator is made by the first collective: here, where a lost member can be noticed.
             group.eager_connect_single_device(self._device)
             return group
@@ -148,6 +160,12 @@ def make_group(
     if kind == "nccl":
         return NcclCollectives(store, name, place, size, device_index, deadline, poll)
     return GlooCollectives(store, name, place, size, deadline, poll)
+
+
+def _own(store: Store, prefix: str) -> Store:
+    """The group's part of the store through a connection of its own: a client serves one call at a time, and
+    a group that is never completed waits in one."""
+    return PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
 
 
 def _options(root: int) -> dist.BroadcastOptions:

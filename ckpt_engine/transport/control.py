@@ -118,7 +118,8 @@ class Control:
         """The next round of `members` (default: all ranks). Members count alike: the n-th call with the
         same members is the same call on each of them.
 
-        A rank that comes late to a round that was given up finds its verdict there, and raises it.
+        A rank that comes late to a round that was given up finds its verdict there, and raises it. A rank
+        that left out a call in which the others waited for it meets them in the next one.
         """
         ranks = tuple(range(self.world_size)) if members is None else tuple(sorted(set(members)))
         number = self._numbers[ranks] = self._numbers.get(ranks, 0) + 1
@@ -170,7 +171,12 @@ class Control:
         """Waits until the round met, was decided, or the server is lost; False at the deadline."""
         with self._news:
             return self._news.wait_for(
-                lambda: round_.met is not None or round_.verdict is not None or self._lost is not None,
+                lambda: (
+                    round_.met is not None
+                    or round_.verdict is not None
+                    or round_.moved is not None
+                    or self._lost is not None
+                ),
                 deadline.remaining,
             )
 
@@ -179,6 +185,14 @@ class Control:
             self._news.wait_for(
                 lambda: round_.verdict is not None or self._lost is not None, deadline.remaining
             )
+
+    def move(self, round_: Round, number: int) -> None:
+        """Makes `round_` the `number`-th of its members."""
+        with self._news:
+            self._rounds.pop(round_.key, None)
+            round_.key, round_.moved = RoundKey(round_.key.members, number), None
+            self._rounds[round_.key] = round_
+            self._numbers[round_.key.members] = number
 
     def forget(self, round_: Round) -> None:
         with self._news:
@@ -217,7 +231,7 @@ class Control:
                         self.send(messages.Beat())
 
     def _take(self, message: messages.ServerFrame) -> None:
-        if not isinstance(message, messages.Met | messages.Decided):
+        if not isinstance(message, messages.Met | messages.Decided | messages.Moved):
             return
         with self._news:
             round_ = self._rounds.get(message.round)
@@ -225,6 +239,8 @@ class Control:
                 return
             if isinstance(message, messages.Met):
                 round_.met = message
+            elif isinstance(message, messages.Moved):
+                round_.moved = message.number
             else:
                 round_.verdict = message.verdict
                 round_.wake()
@@ -246,6 +262,7 @@ class Round:
         self.key = key
         self.met: messages.Met | None = None
         self.verdict: Verdict | None = None
+        self.moved: int | None = None
         self._control = control
         self._voted = False
         self._wake_read = self._wake_write = -1
@@ -275,8 +292,14 @@ class Round:
             PeerLost: a member, or rank 0, is gone.
             UpdateError: a member gave the round up, or members disagree about the purpose.
         """
-        self._control.send(messages.Enter(self.key, purpose, zlib.compress(payload, 1), without_lost))
-        if not self._control.wait(self, deadline):
+        packed = zlib.compress(payload, 1)
+        self._control.send(messages.Enter(self.key, purpose, packed, without_lost))
+        arrived = self._control.wait(self, deadline)
+        while arrived and self.moved is not None:
+            self._control.move(self, self.moved)
+            self._control.send(messages.Enter(self.key, purpose, packed, without_lost))
+            arrived = self._control.wait(self, deadline)
+        if not arrived:
             record = ErrorRecord(
                 error_type="UpdateTimeout", message=f"waited for all ranks in {purpose}", stage="begin"
             )

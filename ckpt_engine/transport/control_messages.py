@@ -111,8 +111,15 @@ class Decided(_Frame, frozen=True):
     verdict: Verdict
 
 
+class Moved(_Frame, frozen=True):
+    """The rank missed this round and the ones after it; the others are in the `number`-th one now."""
+
+    round: RoundKey
+    number: int
+
+
 RankFrame = Join | Enter | Vote | Abandon | Left | Beat | Goodbye
-ServerFrame = Welcome | Met | Decided | Beat
+ServerFrame = Welcome | Met | Decided | Moved | Beat
 
 _NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ENCODER = msgspec.msgpack.Encoder()

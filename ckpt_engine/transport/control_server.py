@@ -45,6 +45,7 @@ class _Round:
     brought: dict[int, bytes] = field(default_factory=dict)
     entered: set[int] = field(default_factory=set)
     met: bool = False
+    missing: set[int] = field(default_factory=set)
     votes: set[int] = field(default_factory=set)
     left: set[int] = field(default_factory=set)
     verdict: Verdict | None = None
@@ -238,8 +239,10 @@ class ControlServer:
             self._forget_if_over(round_)
             return
         if round_.verdict is not None:
-            # Late: it learns what was decided without it, or that another's error came first.
+            if first and isinstance(message, messages.Enter) and self._move(client, rank, message):
+                return
             if first or isinstance(message, messages.Abandon):
+                # Late: it learns what was decided without it, or that another's error came first.
                 self._send(client, messages.Decided(round_.key, round_.verdict))
             return
         if isinstance(message, messages.Abandon):
@@ -257,16 +260,37 @@ class ControlServer:
             round_.brought[rank] = message.payload
             self._consider(round_)
 
+    def _move(self, client: _Client, rank: int, enter: messages.Enter) -> bool:
+        """Takes a rank for which the others waited in vain to where they are now, doing what it does.
+
+        Such a rank left a call out, for an error of its own, and would be behind for ever. One that is late
+        for something else stays: it is to learn how that ended.
+        """
+        missed = enter.round
+        alike = [round_ for round_ in self._rounds.values() if round_.key.members == missed.members]
+        newest = max(alike, key=lambda round_: round_.key.number)
+        if rank not in self._rounds[missed].missing or newest.key == missed:
+            return False
+        if newest.verdict is None and newest.purpose != enter.purpose:
+            return False
+        for round_ in alike:
+            if missed.number <= round_.key.number < newest.key.number:
+                round_.left.add(rank)
+                self._forget_if_over(round_)
+        self._send(client, messages.Moved(missed, newest.key.number))
+        return True
+
     def _forget_if_over(self, round_: _Round) -> None:
         if set(round_.key.members) <= round_.left | self._lost.keys():
             self._rounds.pop(round_.key, None)
 
     def _with_missing(self, round_: _Round, record: ErrorRecord) -> ErrorRecord:
         """Only the server knows for whom a rank waited in vain."""
-        missing = sorted(set(round_.key.members) - round_.brought.keys())
+        missing = set(round_.key.members) - round_.brought.keys()
         if round_.met or not missing or record.error_type != "UpdateTimeout":
             return record
-        return replace(record, message=f"{record.message}: ranks {missing} did not arrive")
+        round_.missing = missing
+        return replace(record, message=f"{record.message}: ranks {sorted(missing)} did not arrive")
 
     def _consider(self, round_: _Round) -> None:
         """Lets the members meet if all that can come have come, or gives up if one that must is lost."""

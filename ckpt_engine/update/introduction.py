@@ -7,37 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
-import zmq
 
-from ckpt_engine.devices import Device
 from ckpt_engine.errors import ProtocolError
-from ckpt_engine.ipc.sockets import SocketDirectory
-from ckpt_engine.settings import Settings
-from ckpt_engine.transport.collectives import Collectives
-from ckpt_engine.transport.control import Control
-from ckpt_engine.update.buffers import Buffers
-
-
-@dataclass(kw_only=True)
-class Rank:
-    """What a rank keeps between updates. `group_name` names the members and the kind of `group`."""
-
-    rank: int
-    settings: Settings
-    mem_fraction: float
-    device: Device
-    buffers: Buffers
-    control: Control
-    directory: SocketDirectory
-    zmq_ctx: zmq.Context[zmq.Socket[bytes]]
-    group: Collectives | None = None
-    group_name: str = ""
-
-    def drop_groups(self) -> None:
-        """Groups are not used again after an abort: a member may still wait in them."""
-        group, self.group, self.group_name = self.group, None, ""
-        if group is not None:
-            group.close()
+from ckpt_engine.update.rank import Rank
 
 
 class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

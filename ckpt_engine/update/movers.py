@@ -9,8 +9,9 @@ from ckpt_engine.transport.collectives import Collectives, make_group
 from ckpt_engine.transport.shared_memory import HostLinks
 from ckpt_engine.update.device_movers import DirectMover, GroupMover, Mover
 from ckpt_engine.update.host_mover import HostMover, Hosts
-from ckpt_engine.update.introduction import Meeting, Rank
+from ckpt_engine.update.introduction import Meeting
 from ckpt_engine.update.part import Part
+from ckpt_engine.update.rank import Rank
 
 
 def make_mover(me: Rank, meeting: Meeting, part: Part, links: HostLinks) -> Mover:

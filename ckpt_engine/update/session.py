@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import msgspec
@@ -33,11 +34,12 @@ from ckpt_engine.metadata import Metas
 from ckpt_engine.planning.plan import UpdatePlan, make_plan
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
-from ckpt_engine.update.introduction import Meeting, Rank, introduce
+from ckpt_engine.update.introduction import Meeting, introduce
 from ckpt_engine.update.movers import make_mover
 from ckpt_engine.update.no_worker import Channel, NoWorker
 from ckpt_engine.update.part import Part
 from ckpt_engine.update.pipeline import Pipeline
+from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import EngineRequest, SocketPaths
 
 logger = logging.getLogger(__name__)
@@ -100,8 +102,11 @@ class UpdateSession:
             UpdateError: it did not commit; the same record on every rank.
             PublishError: it did, but `req_func` failed.
         """
-        round_ = self.me.control.open_round(self.members)
-        try:
+        with ExitStack() as ending:
+            round_ = self.me.control.open_round(self.members)
+            ending.callback(round_.leave)
+            ending.callback(self._close)
+            interrupt: BaseException | None = None
             try:
                 plan = self._begin(round_)
                 self._handshake()
@@ -109,10 +114,10 @@ class UpdateSession:
                 verdict = self._agree(round_)
             except BaseException as error:  # noqa: BLE001 - decided for all ranks, then raised again
                 verdict = self._abort(round_, error)
+                interrupt = None if isinstance(error, Exception) else error
             self._commit(verdict)
-        finally:
-            self._close()
-            round_.leave()
+            if interrupt is not None:
+                raise interrupt
         return UpdateReport(
             checkpoint=self.checkpoint_name,
             version=str(verdict.version),
@@ -281,8 +286,8 @@ class UpdateSession:
         if verdict.record is None:
             return verdict
         clear_frames(error)
-        self.me.drop_groups()
         self._tell_worker(verdict.record)
+        self.me.drop_groups()
         # A caller's own mistake on this rank, and an interrupt, stay what they are.
         if not isinstance(error, Exception) or (
             isinstance(error, CheckpointError | ConfigError) and not self._met
@@ -305,15 +310,21 @@ class UpdateSession:
         return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message, stage=self._stage))
 
     def _close(self) -> None:
-        # The worker's sockets first: an engine that waits on them lets req_func return.
-        if self._channel is not None:
-            self._channel.close()
-        if self._request is not None:
-            self._reactor.remove(self._request.fileno())
-            self._request.abandon()
-            self._request.close()
-        if self._links is not None:
-            self._links.close()
+        with ExitStack() as ending:  # The last first, and each whatever the others raise.
+            if self.me.settings.release_groups:
+                ending.callback(self.me.drop_groups)
+            ending.callback(self._close_buffers)
+            if self._links is not None:
+                ending.callback(self._links.close)
+            if self._request is not None:
+                ending.callback(self._request.close)
+                ending.callback(self._request.abandon)
+                ending.callback(self._reactor.remove, self._request.fileno())
+            # The worker's sockets first: an engine that waits on them lets req_func return.
+            if self._channel is not None:
+                ending.callback(self._channel.close)
+
+    def _close_buffers(self) -> None:
         if self._stuck:
             logger.error(
                 "%d bytes on device %s stay taken: the worker may still read them",
@@ -322,5 +333,3 @@ class UpdateSession:
             )
         elif not (self.keep_buffers and self._verdict is not None and self._verdict.committed):
             self.me.buffers.free()
-        if self.me.settings.release_groups:
-            self.me.drop_groups()

@@ -106,7 +106,12 @@ def test_a_failed_request_reaches_every_rank(world: World, scenario: str, text: 
         ("after raise in middle bucket", True),
         ("after raise in last bucket", False),
         ("after raise in post_hook", True),
-        ("after engine errors", False),
+        ("after missing handle", True),
+        ("after req_func raises", False),
+        ("after engine refuses", True),
+        ("after engine answers 500", False),
+        ("after mistake of one", True),
+        ("after skipped by one", False),
     ],
 )
 def test_the_next_update_works(world: World, scenario: str, second: bool) -> None:
@@ -129,6 +134,23 @@ def test_a_callers_mistake_is_named(world: World, scenario: str, text: str) -> N
         assert entry["error"] == "UnknownCheckpointError"
         assert text in entry["message"]
         assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
+
+
+def test_one_ranks_own_mistake_reaches_the_others(world: World) -> None:
+    *others, mistaken = world.results("mistake of one")
+    assert mistaken["error"] == "ConfigError"
+    for entry in others:
+        assert entry["error"] == "UpdateError"
+        assert entry["record"]["rank"] == world.size - 1
+        assert "ranks=[99]" in entry["message"]
+        assert entry["seconds"] < AN_ERROR_IS_PROMPT_SECONDS
+
+
+def test_a_call_that_one_rank_leaves_out_names_it_and_is_no_harm_later(world: World) -> None:
+    for rank in world.ranks[:-1]:
+        assert rank["skipped by one"]["error"] == "UpdateTimeout"
+        assert f"ranks [{world.size - 1}] did not arrive" in rank["skipped by one"]["message"]
+    assert [entry["error"] for entry in world.results("after skipped by one")] == [None] * world.size
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "lying"])
@@ -162,7 +184,7 @@ def test_nothing_is_left_behind(world: World) -> None:
             assert entry["sockets"] in ([], ["lock"]), scenario
         # Process-wide: the groups, the store and a round's pipe may come and go; a leak would add up.
         assert rank["tensors"]["fds"] <= rank["first"]["fds"] + 8
-        workers = [rank[scenario]["worker"] for scenario in ("first", "after engine errors")]
+        workers = [rank[scenario]["worker"] for scenario in ("first", "after skipped by one")]
         # ZeroMQ closes in its own thread: one connection may linger, but not one for each of 15 updates.
         assert workers[1]["fds"] <= workers[0]["fds"] + 4
     assert not [name for name in os.listdir("/dev/shm") if "ckpt" in name]

@@ -20,6 +20,7 @@ import torch
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.checkpoint import split_checkpoint
+from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import UpdateError
 from ckpt_engine.server.engine_client import request_inference_to_update
 from tests.support.worker import digest
@@ -98,7 +99,25 @@ class Rank:
     def save(self) -> None:
         (self.out / f"rank-{self.ps.rank}.json").write_text(json.dumps(self.results))
 
-    def update(self, name: str, fault: dict[str, Any] | None = None, fails: str = "") -> Callable[[], Any]:
+    def skip_a_call(self, name: str) -> None:
+        """The last rank leaves out an update that the others call; it goes on when they have given up."""
+        given_up = [self.out / f"given-up-by-{rank}" for rank in range(self.ps.world_size - 1)]
+        if self.ps.rank < len(given_up):
+            self.record("skipped by one", self.update(name, timeout=3))
+            given_up[self.ps.rank].touch()
+        deadline = Deadline.after(TIMEOUT)
+        while not all(file.exists() for file in given_up):
+            assert not deadline.passed
+            time.sleep(0.01)
+
+    def update(
+        self,
+        name: str,
+        fault: dict[str, Any] | None = None,
+        fails: str = "",
+        ranks: list[int] | None = None,
+        timeout: float = TIMEOUT,
+    ) -> Callable[[], Any]:
         """An update; `fault` hits the worker of the last rank, `fails` its req_func."""
         victim = self.ps.rank == self.ps.world_size - 1
 
@@ -109,7 +128,7 @@ class Rank:
                 request_inference_to_update(fails, paths, timeout=5)
             self.worker.update(paths, fault if victim else None)
 
-        return lambda: self.ps.update(name, req_func, timeout=TIMEOUT)
+        return lambda: self.ps.update(name, req_func, timeout=timeout, ranks=ranks)
 
 
 def broken_files(directory: Path, good: Path) -> dict[str, Path]:
@@ -163,10 +182,21 @@ def main() -> None:
             me.record("raise in post_hook", me.update("b", {"kind": "post_hook", "action": "raise"}))
             me.record("after raise in post_hook", me.update("b"))
             me.record("missing handle", me.update("a", {"kind": "missing"}))
+            me.record("after missing handle", me.update("b"))
             me.record("req_func raises", me.update("a", fails="raise"))
+            me.record("after req_func raises", me.update("a"))
             me.record("engine refuses", me.update("a", fails=str(refusing)))
+            me.record("after engine refuses", me.update("b"))
             me.record("engine answers 500", me.update("a", fails=str(broken)))
-            me.record("after engine errors", me.update("a"))
+            me.record("after engine answers 500", me.update("a"))
+            me.record("mistake of one", me.update("b", ranks=[99] if rank == size - 1 else None))
+            me.record("after mistake of one", me.update("b"))
+            if size > 1:
+                me.skip_a_call("b")
+            me.record("after skipped by one", me.update("a"))
+            if me.results["after skipped by one"]["error"] == "UpdateTimeout":
+                # It came before the others were there again, and learnt that they had given up on it.
+                me.record("after skipped by one", me.update("a"))
             ps.unregister_checkpoint("b")
             me.record("unregistered", me.update("b"))
             ps.unregister_checkpoint("never there")

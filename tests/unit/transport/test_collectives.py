@@ -12,7 +12,7 @@ from fleet_for_transport_tests import LIMIT, Fleet, wait_until
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateError, UpdateTimeout
-from ckpt_engine.transport.collectives import GlooCollectives, Poll
+from ckpt_engine.transport.collectives import BEYOND_DEADLINE, GlooCollectives, Poll
 
 SHORTEST = 1.0
 """Seconds of the shortest timeout that a group is made with."""
@@ -104,6 +104,25 @@ def test_a_member_that_drops_the_group_releases_those_who_wait(pair: Members) ->
     pair.groups[0].close()  # again does no harm
     with pytest.raises(PeerLost, match="a broadcast broke"):
         waiting.result(LIMIT)
+
+
+def test_a_group_with_a_broadcast_at_work_is_closed_without_waiting_for_it(pair: Members) -> None:
+    """Its destructor waits until gloo itself gives up, `BEYOND_DEADLINE` later."""
+    with pytest.raises(UpdateTimeout):
+        pair.broadcast(1, root=0, seconds=0.1)
+    started = time.monotonic()
+    pair.groups[1].close()
+    assert time.monotonic() - started < BEYOND_DEADLINE.total_seconds() / 2
+
+
+def test_a_group_that_is_being_made_holds_nothing_up(pair: Members) -> None:
+    """It waits in the store's connection of its own, not in the one that all else goes through."""
+    with pytest.raises(UpdateTimeout):
+        pair.make_group("second", 1, seconds=0.1)
+    futures = [pair.start(pair.make_group, "third", rank, LIMIT) for rank in range(2)]
+    for future in futures:
+        future.result(LIMIT).close()
+    wait_until(no_group_is_being_made, "the thread to end by torch's own timeout")
 
 
 def no_group_is_being_made() -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from fleet_for_transport_tests import LIMIT, Fleet, RankProcess, a_record, fleet_of, readable
+import pytest
+from fleet_for_transport_tests import LIMIT, Fleet, RankProcess, a_record, fleet_of, readable, wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from ckpt_engine.transport.control_messages import (
     decode_server_frame,
     encode_frame,
 )
+from ckpt_engine.transport.control_server import ControlServer
 
 
 def met(fleet: Fleet) -> tuple[list[Round], list[int]]:
@@ -119,6 +121,44 @@ def test_a_round_of_other_members_is_not_decided_along(three: Fleet) -> None:
     assert all(readable(round_.watch()) for round_ in for_all)
     assert [round_.peek() for round_ in for_all] == [Verdict(version="1")] * 3
     some.leave()
+
+
+def given_up_on_rank_1(pair: Fleet) -> None:
+    """Rank 0 waits for rank 1 in vain, `step 1` being a call that rank 1 has left out."""
+    (mine, _) = pair.open_round()
+    with pytest.raises(UpdateTimeout, match=r"ranks \[1\] did not arrive"):
+        mine.exchange("step 1", b"", Deadline.after(0.05))
+    mine.leave()
+
+
+def test_a_rank_that_left_a_call_out_meets_the_others_in_the_next(pair: Fleet) -> None:
+    given_up_on_rank_1(pair)
+    behind, ahead = pair.rounds[1], pair.controls[0].open_round()
+    waiting = pair.start(ahead.exchange, "step 2", b"a", Deadline.after(LIMIT))
+    wait_until(lambda: ahead.key in server_of(pair)._rounds, "rank 0 to be there")
+    assert behind.exchange("step 2", b"b", Deadline.after(LIMIT)) == {0: b"a", 1: b"b"}
+    assert waiting.result(LIMIT) == {0: b"a", 1: b"b"}
+    assert behind.key == ahead.key
+    pair.rounds = [ahead, behind]
+    pair.open_round()  # and from then on they are together
+    assert pair.exchange([b"c", b"d"]) == [{0: b"c", 1: b"d"}] * 2
+    assert len(server_of(pair)._rounds) == 1, "the rounds that it missed are forgotten"
+
+
+def test_a_rank_that_is_late_learns_that_it_was_given_up(pair: Fleet) -> None:
+    given_up_on_rank_1(pair)
+    late = pair.rounds[1]
+    with pytest.raises(UpdateTimeout, match=r"ranks \[1\] did not arrive"):
+        late.exchange("step 1", b"", Deadline.after(LIMIT))
+    pair.rounds = [late]
+    pair.open_round()
+    assert pair.exchange([b"c", b"d"]) == [{0: b"c", 1: b"d"}] * 2
+
+
+def server_of(fleet: Fleet) -> ControlServer:
+    server = fleet.controls[0]._server
+    assert server is not None
+    return server
 
 
 def test_a_record_of_any_size_is_decided_and_rounds_go_on(pair: Fleet) -> None:

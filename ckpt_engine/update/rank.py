@@ -1,0 +1,88 @@
+"""What a rank keeps between updates: its place on the control plane, sockets, buffers, groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import zmq
+
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.devices import Device
+from ckpt_engine.ipc.sockets import SocketDirectory
+from ckpt_engine.settings import Settings
+from ckpt_engine.transport.bootstrap import MeetingPoint
+from ckpt_engine.transport.collectives import Collectives
+from ckpt_engine.transport.control import Control
+from ckpt_engine.update.buffers import Buffers
+
+
+@dataclass(kw_only=True)
+class Rank:
+    """`group_name` names the members and the kind of `group`."""
+
+    rank: int
+    settings: Settings
+    mem_fraction: float
+    device: Device
+    buffers: Buffers
+    control: Control
+    directory: SocketDirectory
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]]
+    group: Collectives | None = None
+    group_name: str = ""
+
+    @classmethod
+    def join(
+        cls,
+        rank: int,
+        world_size: int,
+        settings: Settings,
+        mem_fraction: float,
+        device: Device,
+        meeting_point: Callable[[], MeetingPoint],
+        deadline: Deadline,
+    ) -> Rank:
+        """Meets the other ranks at the meeting point.
+
+        Raises:
+            ConfigError: rank 0 cannot be reached, or sockets cannot be made.
+        """
+        directory = SocketDirectory(settings.socket_dir)
+        try:
+            control = Control(
+                meeting_point(),
+                rank=rank,
+                world_size=world_size,
+                deadline=deadline,
+                stall_seconds=settings.stall_timeout,
+            )
+        except BaseException:
+            directory.close()
+            raise
+        return cls(
+            rank=rank,
+            settings=settings,
+            mem_fraction=mem_fraction,
+            device=device,
+            buffers=Buffers(device),
+            control=control,
+            directory=directory,
+            zmq_ctx=zmq.Context(),
+        )
+
+    def drop_groups(self) -> None:
+        """Groups are not used again after an abort: a member may still wait in them."""
+        group, self.group, self.group_name = self.group, None, ""
+        if group is not None:
+            group.close()
+
+    def close(self) -> None:
+        """Frees the buffers, leaves the groups and the control plane, removes the sockets."""
+        with ExitStack() as ending:  # The last first, and each whatever the others raise.
+            ending.callback(self.zmq_ctx.term)
+            ending.callback(self.directory.close)
+            ending.callback(self.control.close)
+            ending.callback(self.drop_groups)
+            ending.callback(self.buffers.free)

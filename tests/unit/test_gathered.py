@@ -1,0 +1,62 @@
+"""What a rank remembers of who holds what, when other ranks are gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckpt_engine.errors import CheckpointError, ConfigError
+from ckpt_engine.gathered import GatheredMetas
+from ckpt_engine.metadata import HostBufferMeta, Metas, RankMetas, TensorMeta
+
+GONE = {1: "its process ended"}
+
+
+def metas(**held: list[str]) -> Metas:
+    """`r0=["a", "b"]`: rank 0 holds tensors a and b."""
+    found = {}
+    for key, names in held.items():
+        rank = int(key[1:])
+        tensors = tuple(
+            TensorMeta(name=name, dtype="float32", shape=(1,), nbytes=4, offset=256 * place)
+            for place, name in enumerate(names)
+        )
+        found[rank] = RankMetas(
+            rank=rank,
+            host="h",
+            host_ip="10.0.0.1",
+            device_uuid=f"CPU-h-{rank}",
+            epoch=f"epoch-{rank}",
+            buffers=(HostBufferMeta(address=4096, nbytes=256 * len(names), tensors=tensors),),
+        )
+    return found
+
+
+@pytest.fixture
+def gathered() -> GatheredMetas:
+    return GatheredMetas(0)
+
+
+def test_what_a_lost_rank_may_have_held_is_not_left_out_in_silence(gathered: GatheredMetas) -> None:
+    with pytest.raises(CheckpointError, match=r"rank 1 \(its process ended\).*ranks=\[0, 2\]"):
+        gathered.put("new", metas(r0=["a"], r2=["b"]), GONE, ["new"])
+    with pytest.raises(CheckpointError):
+        gathered.of("new", "epoch-0", ["new"])
+
+
+def test_what_a_lost_rank_held_is_named(gathered: GatheredMetas) -> None:
+    gathered.put("step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
+    with pytest.raises(CheckpointError, match=r"1 tensors of 'step' \('b' first\)"):
+        gathered.put("step", metas(r0=["a"], r2=["c"]), GONE, ["step"])
+
+
+def test_once_others_hold_it_all_a_lost_rank_is_no_loss(gathered: GatheredMetas) -> None:
+    gathered.put("step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
+    gathered.put("step", metas(r0=["a", "b"], r2=["c"]), GONE, ["step"])
+    assert set(gathered.of("step", "epoch-0", ["step"])[0]) == {0, 2}
+
+
+def test_a_rank_that_neither_receives_nor_owns_must_not_call(gathered: GatheredMetas) -> None:
+    gathered.put("step", metas(r0=[], r1=["b"]), {}, ["step"])
+    assert gathered.members("step", [0]) == (0, 1)
+    with pytest.raises(ConfigError, match="rank 0 is not among them"):
+        gathered.members("step", [1])
