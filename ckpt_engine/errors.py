@@ -89,7 +89,8 @@ class ErrorRecord:
 
     `rank`, `host`, `device`: the parameter server on whose side it happened (None: unknown there).
     `stage`: begin, handshake, buckets, release, post_hook, finish, request or decide.
-    `bucket`, `tensors`: the bucket's index and its tensors' names, where a bucket was at work.
+    `bucket`, `tensors`: the bucket's index and its tensors' names, where a bucket was at work; of thousands
+    the first and the last ones, and how many were `left_out`.
     `elapsed`: seconds since the update began on that rank.
     """
 
@@ -103,6 +104,7 @@ class ErrorRecord:
     tensors: Sequence[str] = field(default_factory=tuple)
     elapsed: float | None = None
     traceback: str = ""
+    left_out: int = 0
 
     def where(self) -> str:
         """One phrase: `rank 1 (host h, device CPU-h-1), stage buckets, bucket 3 (tensors a .. z)`."""
@@ -121,7 +123,8 @@ class ErrorRecord:
             parts.append(f"stage {self.stage}")
         if self.bucket is not None:
             names = list(self.tensors)
-            shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} .. {names[-1]}, {len(names)} in all"
+            count = len(names) + self.left_out
+            shown = ", ".join(names) if count <= 3 else f"{names[0]} .. {names[-1]}, {count} in all"
             parts.append(f"bucket {self.bucket}" + (f" (tensors {shown})" if names else ""))
         if self.elapsed is not None:
             parts.append(f"after {self.elapsed:.2f} s")
@@ -141,13 +144,14 @@ class ErrorRecord:
         """This record as it crosses process borders: bounded, and with what UTF-8 cannot say escaped."""
         names = list(self.tensors)
         # A bucket of thousands of small tensors: the ends are enough to find it.
-        names = names if len(names) <= 64 else [*names[:32], *names[-32:]]
+        kept = names if len(names) <= 64 else [*names[:32], *names[-32:]]
         return replace(
             self,
-            error_type=_utf8(self.error_type)[:MAX_NAME],
-            message=_utf8(self.message)[:MAX_TEXT],
-            traceback=_utf8(self.traceback)[-MAX_TEXT:],
-            tensors=[_utf8(name)[:MAX_NAME] for name in names],
+            error_type=as_utf8(self.error_type)[:MAX_NAME],
+            message=as_utf8(self.message)[:MAX_TEXT],
+            traceback=as_utf8(self.traceback)[-MAX_TEXT:],
+            tensors=[as_utf8(name)[:MAX_NAME] for name in kept],
+            left_out=self.left_out + len(names) - len(kept),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,6 +167,7 @@ class ErrorRecord:
                 gaps.pop("rank", None)
             if record.bucket is not None:
                 gaps.pop("bucket", None)
+                gaps.pop("left_out", None)
             return replace(record, **gaps)
         text = "".join(_traceback.format_exception(type(error), error, error.__traceback__))
         return cls(
@@ -173,7 +178,8 @@ class ErrorRecord:
         )
 
 
-def _utf8(text: str) -> str:
+def as_utf8(text: str) -> str:
+    """`text` with what UTF-8 cannot say escaped."""
     # Python's names of files in another encoding hold lone surrogates.
     return text.encode("utf-8", "backslashreplace").decode()
 

@@ -7,6 +7,7 @@ registry.unregister("step-100")
 """
 
 from ckpt_engine.checkpoint.arena import HostArena
+from ckpt_engine.checkpoint.file_split import files_of, split_files
 from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.index import FileSelection, checkpoint_files, describe, split_checkpoint
 from ckpt_engine.checkpoint.loader import FileSource, load
@@ -25,7 +26,9 @@ __all__ = [
     "SafetensorsHeader",
     "checkpoint_files",
     "describe",
+    "files_of",
     "load",
     "read_header",
     "split_checkpoint",
+    "split_files",
 ]

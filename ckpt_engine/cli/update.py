@@ -268,9 +268,8 @@ def share_of(path: Path, split: Split | None, rank: int, world_size: int) -> lis
         ConfigError: by tensor, and there is no index that says which tensor is where.
         CheckpointError, CheckpointFormatError: as `split_checkpoint`.
     """
-    from ckpt_engine.checkpoint import FileSelection, split_checkpoint
+    from ckpt_engine.checkpoint import FileSelection, files_of, split_checkpoint, split_files
     from ckpt_engine.checkpoint.index import INDEX_NAME
-    from ckpt_engine.server.file_split import files_of, split_files
 
     if split is Split.FILE:
         return [FileSelection(file) for file in split_files(files_of([path]), world_size)[rank]]

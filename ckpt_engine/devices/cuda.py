@@ -8,6 +8,7 @@ copies into the other slots go on. Nobody waits for a whole device, nor on the d
 from __future__ import annotations
 
 import logging
+import resource
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -240,9 +241,14 @@ class CudaPinner:
         try:
             cudart.host_register(self._index, address, nbytes, read_only=read_only)
         except DeviceError as error:
-            raise HostMemoryError(
-                f"{error}: raise the memlock limit (ulimit -l), or register less at a time"
-            ) from error
+            raise HostMemoryError(f"{error}. {self._advice(nbytes)}") from error
+
+    @staticmethod
+    def _advice(nbytes: int) -> str:
+        limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        if limit != resource.RLIM_INFINITY and limit < nbytes:
+            return f"The memlock limit is {limit} bytes: raise it (ulimit -l)"
+        return "If the host or its container is out of memory, register less at a time"
 
     def unpin(self, address: int) -> None:
         cudart.host_unregister(self._index, address)

@@ -26,15 +26,13 @@ import math
 import msgspec
 
 from ckpt_engine.devices.handles import RingHandle
-from ckpt_engine.errors import MAX_TEXT, ErrorRecord, ProtocolError
+from ckpt_engine.errors import ErrorRecord, ProtocolError, as_utf8
 
 PROTOCOL_VERSION = 2
 MAX_MESSAGE_NBYTES = 256 * 1024 * 1024
 """Largest message: a Begin of a million tensors is near 100 MB."""
 MAX_WORKER_MESSAGE_NBYTES = 1024 * 1024
 """Largest message from a worker: a Failure with its traceback."""
-MAX_NAME = 1024
-"""Longest name of a tensor or a type, in characters, in a Failure."""
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
@@ -121,7 +119,7 @@ class Abort(_Message, frozen=True):
 
     @classmethod
     def because(cls, reason: str) -> Abort:
-        return cls(_travelling(reason[: 4 * 1024 * 1024]))
+        return cls(as_utf8(reason[: 4 * 1024 * 1024]))
 
 
 class Goodbye(_Message, frozen=True):
@@ -139,27 +137,22 @@ class Failure(_Message, frozen=True):
     touched: bool
     bucket: int | None = None
     tensors: tuple[str, ...] = ()
+    left_out: int = 0
 
     @classmethod
     def from_record(cls, record: ErrorRecord, *, device_uuid: str, touched: bool) -> Failure:
-        names = tuple(record.tensors)
-        # A bucket of thousands of small tensors: the ends are enough to find it.
-        names = names if len(names) <= 64 else (*names[:32], *names[-32:])
+        short = record.travelling()
         return cls(
-            stage=record.stage,
-            error_type=_travelling(record.error_type[:MAX_NAME]),
-            message=_travelling(record.message)[:MAX_TEXT],
-            traceback=_travelling(record.traceback)[-MAX_TEXT:],
+            stage=short.stage,
+            error_type=short.error_type,
+            message=short.message,
+            traceback=short.traceback,
             device_uuid=device_uuid,
             touched=touched,
-            bucket=record.bucket,
-            tensors=tuple(_travelling(name)[:MAX_NAME] for name in names),
+            bucket=short.bucket,
+            tensors=tuple(short.tensors),
+            left_out=short.left_out,
         )
-
-
-def _travelling(text: str) -> str:
-    """`text` with what UTF-8 cannot say escaped: Python's names of files in another encoding."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 WorkerMessage = Hello | Ready | BucketDone | Released | Finished | Goodbye | Failure
@@ -173,7 +166,14 @@ _SERVER_DECODER: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decode
 
 
 def encode(message: WorkerMessage | ServerMessage) -> bytes:
-    return _ENCODER.encode(message)
+    """Raises ProtocolError: too large for the other side, whose socket would drop it without a word."""
+    frame = _ENCODER.encode(message)
+    if len(frame) > MAX_MESSAGE_NBYTES:
+        raise ProtocolError(
+            f"the {type(message).__name__} message of {len(frame)} bytes is over {MAX_MESSAGE_NBYTES}: the "
+            "checkpoint has too many tensors for one update"
+        )
+    return frame
 
 
 def decode_worker_message(frame: bytes) -> WorkerMessage:

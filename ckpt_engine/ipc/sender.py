@@ -310,6 +310,7 @@ class WorkerChannel:
             device=failure.device_uuid or self._uuid,
             bucket=failure.bucket,
             tensors=failure.tensors,
+            left_out=failure.left_out,
             traceback=failure.traceback,
         )
         raise UpdateError(record, touched=failure.touched)

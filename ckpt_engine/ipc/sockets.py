@@ -43,7 +43,7 @@ class SocketDirectory:
     """A fresh 0700 directory under the user's base directory; removes what dead owners left."""
 
     def __init__(self, base: Path | None) -> None:
-        self.base = _private_directory(base or _default_base())
+        self.base = private_directory(base or default_directory())
         sweep(self.base)
         self.path = Path(tempfile.mkdtemp(prefix="", dir=self.base))
         # It gets its name when it is held: another's sweep would take this directory for a dead owner's.
@@ -97,11 +97,11 @@ def sweep(base: Path) -> None:
             os.close(fd)
 
 
-def _default_base() -> Path:
+def default_directory() -> Path:
     return Path(tempfile.gettempdir()) / f"ckpt-engine-{os.getuid()}"
 
 
-def _private_directory(path: Path) -> Path:
+def private_directory(path: Path) -> Path:
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700, parents=True)
     status = path.lstat()

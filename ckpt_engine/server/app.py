@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel
 
+from ckpt_engine.checkpoint import files_of, split_files
 from ckpt_engine.errors import CkptEngineError
 from ckpt_engine.metadata import metas_to_json
 from ckpt_engine.server.all_ranks import RankServers
@@ -45,7 +46,6 @@ from ckpt_engine.server.api_models import (
 )
 from ckpt_engine.server.drive import Call, Driver, NotAllRanks
 from ckpt_engine.server.failures import body_of, status_of, to_json
-from ckpt_engine.server.file_split import files_of, split_files
 from ckpt_engine.server.guard import Guard
 from ckpt_engine.server.operations import Operations
 from ckpt_engine.server.rank_work import InvalidMetas, RankWork

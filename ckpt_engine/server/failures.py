@@ -11,6 +11,7 @@ from typing import Any
 from ckpt_engine.errors import (
     MAX_TEXT,
     CheckpointExistsError,
+    CheckpointFormatError,
     CkptEngineError,
     ConfigError,
     EngineRequestError,
@@ -38,6 +39,7 @@ class ServerStopping(CkptEngineError):
 
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 400),
+    (CheckpointFormatError, 400),
     (UnknownCheckpointError, 404),
     (CheckpointExistsError, 409),
     (RankBusy, 409),

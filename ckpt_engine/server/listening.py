@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ckpt_engine.errors import ConfigError
-from ckpt_engine.ipc.sockets import MAX_PATH_NBYTES, _default_base, _private_directory, listen
+from ckpt_engine.ipc.sockets import MAX_PATH_NBYTES, default_directory, listen, private_directory
 from ckpt_engine.settings import Settings
 
 
 def default_uds(settings: Settings) -> str:
     """The template of the ranks' sockets where none is given."""
-    return str((settings.socket_dir or _default_base()) / "ps-{rank}.sock")
+    return str((settings.socket_dir or default_directory()) / "ps-{rank}.sock")
 
 
 class UnixListener:
@@ -35,7 +35,7 @@ class UnixListener:
         if len(os.fsencode(self.path)) > MAX_PATH_NBYTES:
             raise ConfigError(f"--uds {self.path}: a socket's path may have {MAX_PATH_NBYTES} bytes")
         try:
-            _private_directory(self.path.parent)
+            private_directory(self.path.parent)
         except ConfigError:
             raise ConfigError(
                 f"--uds {self.path}: {self.path.parent} must be a directory of this user that nobody else "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -252,6 +253,9 @@ def test_the_largest_failure_fits_the_bound() -> None:
         "4999.",
     ]
     assert len(failure.tensors) == 64
+    assert failure.left_out == 5000 - 64
+    told = replace(record, tensors=failure.tensors, left_out=failure.left_out).travelling()
+    assert told.where().endswith("5000 in all)")
 
 
 def test_text_that_is_no_unicode_travels_in_a_failure_and_an_abort() -> None:
@@ -328,3 +332,9 @@ def test_a_budget_that_is_no_duration_is_refused(budget: float) -> None:
 def test_the_names_of_a_bucket_are_in_its_order() -> None:
     assert names_of(BEGIN.buckets[0]) == ["model.layers.0.weight", "scalar"]
     assert names_of(BEGIN.buckets[1]) == []
+
+
+def test_a_message_that_the_other_side_would_drop_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "MAX_MESSAGE_NBYTES", 100)
+    with pytest.raises(ProtocolError, match=r"the Abort message of \d+ bytes is over 100"):
+        encode(Abort.because("x" * 100))

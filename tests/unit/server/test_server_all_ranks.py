@@ -15,11 +15,11 @@ from api_for_server_tests import REPORT, SECONDS, StubServer, served, update_err
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
+from ckpt_engine.checkpoint import files_of, split_files
 from ckpt_engine.errors import CheckpointError, ConfigError, EngineRequestError, HostMemoryError
 from ckpt_engine.server import all_ranks
 from ckpt_engine.server.all_ranks import tcp_addresses, unix_addresses, unix_path
 from ckpt_engine.server.app import create_app
-from ckpt_engine.server.file_split import files_of, split_files
 
 ALL = "?all_ranks=true"
 FILES = f"/v1/checkpoints/a/files{ALL}"

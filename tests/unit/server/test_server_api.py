@@ -120,7 +120,7 @@ def test_names_are_any_text(client: TestClient, ps: StubServer, name: str) -> No
     [
         (ConfigError("no"), 400),
         (HostMemoryError("no"), 507),
-        (CheckpointFormatError("no"), 500),
+        (CheckpointFormatError("no"), 400),
         (EngineRequestError("no"), 502),
         (update_error(), 500),
         (update_error(PeerLost, error_type="PeerLost"), 500),
@@ -179,7 +179,7 @@ def test_unknown_and_taken_names(client: TestClient) -> None:
 
 def test_a_failed_registration_is_forgotten_by_delete(client: TestClient, ps: StubServer) -> None:
     ps.fail["register"] = CheckpointFormatError("cut short")
-    assert client.post(FILES, json={"files": "/x"}).status_code == 500
+    assert client.post(FILES, json={"files": "/x"}).status_code == 400
     assert client.delete("/v1/checkpoints/a").status_code == 404
     assert ps.calls[-1] == ("unregister", "a", False)
     # With force it is about the pool, which no name says.
@@ -319,7 +319,7 @@ def test_names_of_files_that_are_not_utf_8_do_not_break_the_answer(
 ) -> None:
     ps.fail["register"] = CheckpointFormatError("/m/\udcff.safetensors: cut short")
     answer = client.post(FILES, json={"files": "/m"})
-    assert answer.status_code == 500
+    assert answer.status_code == 400
     assert "\\udcff" in answer.text
 
 

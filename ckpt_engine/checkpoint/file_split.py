@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Iterable
 from pathlib import Path
 
-from ckpt_engine.checkpoint import checkpoint_files
+from ckpt_engine.checkpoint.index import checkpoint_files
 from ckpt_engine.errors import CheckpointError
 
 
