@@ -72,6 +72,10 @@ class MappedRing(RingMemory, Protocol):
         """`bucket` is given back once the current stream has done what was enqueued so far."""
         ...
 
+    def check(self) -> None:
+        """Raises what the device has reported as failed by now. Waits for nothing."""
+        ...
+
     def synchronize(self) -> None:
         """Waits for the current stream. Raises what the device reports as failed."""
         ...

@@ -164,6 +164,9 @@ class WorkerRing:
         events = self._given_back.events
         events[bucket % len(events)].record(torch.cuda.current_stream(self._index))
 
+    def check(self) -> None:
+        torch.cuda.current_stream(self._index).query()
+
     def synchronize(self) -> None:
         torch.cuda.current_stream(self._index).synchronize()
 

@@ -329,6 +329,9 @@ class _Receiver:
             message = self._connection.receive(silence, waiting_for)
             if not isinstance(message, messages.StillHere):
                 break
+            if self._ring is not None:
+                # Of a reload that failed on the device, nobody else would ever hear.
+                self._ring.check()
         if isinstance(message, messages.Abort):
             # Before the goodbye, on which the parameter server frees the ring.
             self._release()

@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[2]
     [
         ("broadcast", ["--mib", "1", "--ranks", "2", "--rounds", "1"], 3),
         ("register", ["--gib", "0.002", "--rounds", "1", "--json"], 4),
+        ("update", ["--gib", "0.01", "--tensor-mib", "1", "--ranks", "2", "--rounds", "1"], 3),
+        ("update", ["--gib", "0.01", "--tensor-mib", "1", "--rounds", "1", "--keep-buffers"], 3),
+        ("soak", ["--gib", "0.01", "--tensor-mib", "1", "--cycles", "2"], 3),
     ],
 )
 def test_benchmark_prints_json_lines(module: str, arguments: list[str], lines: int) -> None:

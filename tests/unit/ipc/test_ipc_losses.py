@@ -29,6 +29,7 @@ from ends_for_ipc_tests import (
 )
 
 from ckpt_engine.deadline import Deadline
+from ckpt_engine.devices import SharedRing
 from ckpt_engine.errors import PeerLost, UpdateError, UpdateTimeout
 from ckpt_engine.ipc import receiver
 
@@ -189,3 +190,32 @@ def test_a_parameter_server_that_shows_no_sign_of_life_is_left(
         assert time.monotonic() - started < PROMPT_SECONDS
         sender.channel.abort("it gave up")
         assert isinstance(end.error(), UpdateTimeout)
+
+
+def test_a_reload_that_fails_on_the_device_is_reported_though_nobody_asks(
+    context: Context, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parameter server waits for an event that such a device will never record."""
+    fails = threading.Event()
+
+    def check(ring: SharedRing) -> None:
+        if fails.is_set():
+            raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(SharedRing, "check", check)
+    with Sender(context, base) as sender:
+        end = Receiver(context, sender.handle)
+        sender.begin()
+        sender.move(last=1)
+        fails.set()
+
+        def never() -> bool:
+            sender.channel.beat()
+            return False
+
+        with pytest.raises(UpdateError, match="device-side assert triggered") as caught:
+            sender.until(never, "its failure")
+        assert caught.value.record.stage == "buckets"
+        assert caught.value.touched
+        sender.channel.abort("it failed")
+        assert "device-side assert triggered" in str(end.error())

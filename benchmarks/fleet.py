@@ -1,0 +1,169 @@
+"""What benchmarks of whole updates share: ranks and their workers, each a process, and their weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from ckpt_engine import ParameterServer
+from ckpt_engine.devices import make_device
+from ckpt_engine.ipc.receiver import serve_update
+from ckpt_engine.settings import load_settings
+
+Shapes = dict[str, tuple[int, int]]
+Lines = list[dict[str, Any]]
+
+_SPAWN = multiprocessing.get_context("spawn")
+
+
+def shapes_of(nbytes: int, tensor_mib: float) -> Shapes:
+    """bf16 matrices of about `tensor_mib` MiB each, `nbytes` in all."""
+    each = max(2048, int(tensor_mib * 1024 * 1024))
+    count = max(1, nbytes // each)
+    return {f"layers.{i:05d}.weight": (each // 2048, 1024) for i in range(count)}
+
+
+def share_of(shapes: Shapes, rank: int, ranks: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """This rank's tensors, with values that follow from the seed."""
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    block = torch.randint(-100, 100, (1024 * 1024,), dtype=torch.int16, generator=generator)
+    tensors = {}
+    for name in list(shapes)[rank::ranks]:
+        rows, columns = shapes[name]
+        repeated = block.repeat(-(-rows * columns // block.numel()))[: rows * columns]
+        tensors[name] = repeated.view(torch.bfloat16).view(rows, columns)
+    return tensors
+
+
+def sum_of(tensors: dict[str, torch.Tensor]) -> float:
+    """Of the first element of each: enough to tell one version from another."""
+    return sum(float(tensor.view(torch.int16)[0, 0]) for tensor in tensors.values())
+
+
+def process_figures() -> dict[str, int]:
+    """What this process holds now: bytes of anonymous memory and of shared memory, descriptors, threads."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {
+        "anonymous_bytes": int(status["RssAnon"].split()[0]) * 1024,
+        "shared_bytes": int(status["RssShmem"].split()[0]) * 1024,
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+    }
+
+
+class Worker:
+    """An engine's worker process, with parameters on the device."""
+
+    def __init__(self, kind: str, index: int, shapes: Shapes) -> None:
+        self._pipe, there = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_work, args=(kind, index, shapes, there))
+        self._process.start()
+
+    def wait_until_ready(self) -> None:
+        assert self._pipe.recv() == "ready"
+
+    def update(self, handles: list[tuple[str, str]]) -> float:
+        """Lets it receive; what its parameters then sum to (`sum_of`).
+
+        Raises:
+            RuntimeError: it did not commit.
+        """
+        self._pipe.send(handles)
+        status = self._pipe.recv()
+        if status["outcome"] != "committed":
+            raise RuntimeError(status["error"])
+        return float(status["sum"])
+
+    def figures(self) -> dict[str, int]:
+        self._pipe.send("figures")
+        return dict(self._pipe.recv())
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+        if self._process.exitcode:
+            raise SystemExit(f"the worker ended with {self._process.exitcode}")
+
+
+def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+    parameters = {
+        name: torch.zeros(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()
+    }
+    uuid = make_device(kind, load_settings(), index).uuid()
+    context = zmq.Context()
+    pipe.send("ready")
+
+    def run(tensors: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            parameters[name].copy_(tensor, non_blocking=True)
+
+    while (message := pipe.recv()) is not None:
+        if message == "figures":
+            pipe.send(process_figures())
+            continue
+        status = serve_update(context, message, uuid, 0 if kind == "cuda" else None, run=run)
+        pipe.send(status | {"sum": sum_of(parameters)})
+
+
+def parameter_server(rank: int, ranks: int, kind: str, port: int) -> ParameterServer:
+    return ParameterServer(
+        rank=rank,
+        world_size=ranks,
+        master_addr="127.0.0.1",
+        master_port=port,
+        device=kind,
+        gpu_count=1 if kind == "cuda" else ranks,
+    )
+
+
+def run_ranks(serve: Callable[[int, argparse.Namespace, int], Lines], arguments: argparse.Namespace) -> Lines:
+    """Runs `serve(rank, arguments, port)` in a process for each of `arguments.ranks`; what rank 0 returned.
+
+    Raises:
+        SystemExit: a rank failed.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = int(sock.getsockname()[1])
+    with tempfile.TemporaryDirectory() as out:
+        ranks = [
+            _SPAWN.Process(target=_run_rank, args=(serve, rank, arguments, port, out))
+            for rank in range(arguments.ranks)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if any(process.exitcode for process in ranks):
+            sys.exit(1)
+        return list(json.loads(Path(out, "lines.json").read_text()))
+
+
+def _run_rank(
+    serve: Callable[[int, argparse.Namespace, int], Lines],
+    rank: int,
+    arguments: argparse.Namespace,
+    port: int,
+    out: str,
+) -> None:
+    torch.set_num_threads(1)
+    os.environ["CKPT_ENGINE_SOCKET_DIR"] = f"{out}/sockets"
+    if arguments.device == "cuda":
+        # Ranks may share a GPU, whose own UUID would be there twice.
+        os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"GPU-benchmark-{rank}"
+    lines = serve(rank, arguments, port)
+    if rank == 0:
+        Path(out, "lines.json").write_text(json.dumps(lines))

@@ -1,0 +1,128 @@
+"""Register, gather, update, unregister, over and over: does anything grow?
+
+    python -m benchmarks.soak --device cpu --ranks 2 --cycles 100 --json
+    python -m benchmarks.soak --device cuda --cycles 100 --json
+
+Every cycle registers other weights and ends with the workers holding them. One JSON line for every tenth of
+the cycles, with what each process holds between two cycles: anonymous and shared memory, descriptors,
+threads, and the device's memory in use. The last line says by how much each figure grew
+from the first of these lines to the last, and whether that is `flat`; the exit status is 1 where it is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from benchmarks.fleet import (
+    Lines,
+    Worker,
+    parameter_server,
+    process_figures,
+    run_ranks,
+    shapes_of,
+    share_of,
+    sum_of,
+)
+from ckpt_engine.devices import detect_device
+
+ALLOWED: Mapping[str, int] = {
+    "anonymous_bytes": 32 * 2**20,
+    "shared_bytes": 0,
+    "descriptors": 2,
+    "threads": 1,
+    "device_bytes": 4 * 2**20,
+}
+"""By how much a figure may differ between two moments without growing: what allocators and ZeroMQ's
+lingering connections come to."""
+
+
+def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
+    shapes = shapes_of(int(arguments.gib * 2**30), arguments.tensor_mib)
+    worker = Worker(arguments.device, rank, shapes)
+    every = max(1, arguments.cycles // 10)
+    lines: Lines = []
+    with parameter_server(rank, arguments.ranks, arguments.device, port) as ps:
+        worker.wait_until_ready()
+        for cycle in range(1, arguments.cycles + 1):
+            everything = [share_of(shapes, other, arguments.ranks, cycle) for other in range(arguments.ranks)]
+            expected = sum(map(sum_of, everything))
+            ps.register_checkpoint("soak", named_tensors=everything[rank])
+            del everything
+            ps.gather_metas("soak")
+            got: list[float] = []
+
+            def req_func(paths: list[tuple[str, str]], got: list[float] = got) -> None:
+                got.append(worker.update(paths))
+
+            begin = time.perf_counter()
+            ps.update("soak", req_func, timeout=120)
+            seconds = time.perf_counter() - begin
+            if got != [expected]:
+                raise RuntimeError(f"cycle {cycle}: the worker's parameters sum to {got}, not {expected}")
+            ps.unregister_checkpoint("soak")
+            if cycle % every == 0:
+                gc.collect()
+                figures = process_figures() | device_figures(arguments.device)
+                lines.append(
+                    {
+                        "cycle": cycle,
+                        "seconds": round(seconds, 5),
+                        "server": figures,
+                        "worker": worker.figures(),
+                    }
+                )
+    worker.close()
+    return lines
+
+
+def device_figures(kind: str) -> dict[str, int]:
+    """What all processes together hold of the device, in bytes."""
+    if kind != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(0)
+    return {"device_bytes": total - free}
+
+
+def growth(lines: Lines) -> dict[str, dict[str, int]]:
+    """From the first line to the last, by process and figure."""
+    first, last = lines[0], lines[-1]
+    return {
+        who: {figure: last[who][figure] - value for figure, value in first[who].items()}
+        for who in ("server", "worker")
+    }
+
+
+def is_flat(grown: Mapping[str, Mapping[str, int]]) -> bool:
+    return all(more <= ALLOWED[figure] for figures in grown.values() for figure, more in figures.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument("--gib", type=float, default=0.25, help="GiB of the checkpoint")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--cycles", type=int, default=100)
+    parser.add_argument("--tensor-mib", type=float, default=4.0, help="MiB of each tensor")
+    parser.add_argument("--json", action="store_true", help="only JSON lines (they are printed anyway)")
+    arguments = parser.parse_args()
+    arguments.device = detect_device(arguments.device)
+    lines = run_ranks(serve, arguments)
+    common: dict[str, Any] = {"benchmark": "soak", "device": arguments.device, "ranks": arguments.ranks}
+    for line in lines:
+        print(json.dumps(common | line))
+    grown = growth(lines)
+    flat = is_flat(grown)
+    print(json.dumps(common | {"cycles": arguments.cycles, "growth": grown, "flat": flat}))
+    sys.exit(not flat)
+
+
+if __name__ == "__main__":
+    main()
