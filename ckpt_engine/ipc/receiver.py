@@ -38,6 +38,9 @@ from ckpt_engine.settings import load_settings
 
 Run = Callable[[list[tuple[str, torch.Tensor]]], object]
 """Loads the tensors of one bucket, shapes as in the checkpoint. They are valid until it returns."""
+Prepare = Callable[[Sequence[messages.TensorLayout]], object]
+"""Looks at all tensors that will come, in their order, before the first byte does. What it raises ends the
+update with no worker touched."""
 
 _M = TypeVar("_M", bound=messages.ServerMessage)
 
@@ -65,6 +68,7 @@ def update_weights_from_ipc(
     device_id: int | None,
     *,
     run: Run,
+    prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
     device_uuid: str = "",
 ) -> WorkerReport:
@@ -75,6 +79,7 @@ def update_weights_from_ipc(
         zmq_handle: an `ipc://` address from `req_func`'s socket paths.
         device_id: index of this process's own device, on which the ring is rebuilt; None on CPU.
         run: called once per bucket with `[(name, tensor), ...]`.
+        prepare: called once with the layouts of all tensors, before the first bucket.
         post_hook: called once after the last bucket, when the ring has been released.
         device_uuid: this device's key; checked by the parameter server when given.
 
@@ -85,7 +90,7 @@ def update_weights_from_ipc(
         UpdateError: the update ended without a commit, here or on any rank. `touched` says whether
             this engine may now hold part of the new weights.
     """
-    return _Receiver(zmq_ctx, zmq_handle, device_id, run, post_hook, device_uuid).receive()
+    return _Receiver(zmq_ctx, zmq_handle, device_id, run, prepare, post_hook, device_uuid).receive()
 
 
 def serve_update(
@@ -95,17 +100,20 @@ def serve_update(
     device_id: int | None,
     *,
     run: Run,
+    prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
 ) -> dict[str, Any]:
     """`update_weights_from_ipc` for adapters: finds this device's handle, and never raises.
 
     Some engines lose the order of their replies for good when a worker's method raises, so the
-    outcome is a plain dict: `outcome` ("committed" or "failed"), `device`, `version`, `error`,
-    `traceback`, `touched`, `tensors`, `bytes`.
+    outcome is a plain dict: `outcome` ("committed" or "failed"), `device`, `handle`, `version`, `error`,
+    `traceback`, `touched`, `tensors`, `bytes`. A handle is made for one update of one device, so it tells
+    whoever asked whether the answer is to this call, or late from an earlier one.
 
     Args:
         zmq_handles: `{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks.
     """
+    handles: dict[str, str] = {}
     try:
         handles = dict(zmq_handles) if isinstance(zmq_handles, Mapping) else {u: h for u, h in zmq_handles}
         if device_uuid not in handles:
@@ -116,29 +124,42 @@ def serve_update(
             _report_missing(zmq_ctx, list(handles.values()), device_uuid, error)
             raise error
         report = update_weights_from_ipc(
-            zmq_ctx, handles[device_uuid], device_id, run=run, post_hook=post_hook, device_uuid=device_uuid
+            zmq_ctx,
+            handles[device_uuid],
+            device_id,
+            run=run,
+            prepare=prepare,
+            post_hook=post_hook,
+            device_uuid=device_uuid,
         )
     except Exception as error:  # noqa: BLE001 - see the docstring: no exception may leave a worker
-        record = ErrorRecord.from_exception(error)
-        return {
-            "outcome": "failed",
-            "device": device_uuid,
-            "version": None,
-            "error": f"{record.error_type}: {record.message}",
-            "traceback": record.traceback,
-            "touched": getattr(error, "touched", False),
-            "tensors": 0,
-            "bytes": 0,
-        }
+        return failed_status(error, device_uuid, handles.get(device_uuid))
     return {
         "outcome": "committed",
         "device": device_uuid,
+        "handle": handles[device_uuid],
         "version": report.version,
         "error": None,
         "traceback": None,
         "touched": True,
         "tensors": report.tensors,
         "bytes": report.nbytes,
+    }
+
+
+def failed_status(error: BaseException, device_uuid: str, handle: str | None) -> dict[str, Any]:
+    """The status of a worker whose update ended with `error`."""
+    record = ErrorRecord.from_exception(error)
+    return {
+        "outcome": "failed",
+        "device": device_uuid,
+        "handle": handle,
+        "version": None,
+        "error": f"{record.error_type}: {record.message}",
+        "traceback": record.traceback,
+        "touched": getattr(error, "touched", False),
+        "tensors": 0,
+        "bytes": 0,
     }
 
 
@@ -229,6 +250,7 @@ class _Receiver:
         handle: str,
         device_id: int | None,
         run: Run,
+        prepare: Prepare | None,
         post_hook: Callable[[], object] | None,
         device_uuid: str,
     ) -> None:
@@ -236,6 +258,7 @@ class _Receiver:
         self._connection = _Connection(zmq_ctx, handle)
         self._device_id = device_id
         self._run = run
+        self._prepare = prepare
         self._post_hook = post_hook
         self._uuid = device_uuid
         self._ring: MappedRing | None = None
@@ -275,6 +298,8 @@ class _Receiver:
         deadline = Deadline.after(begin.budget + DECISION_GRACE_SECONDS)
         messages.check_layout(begin)
         self._ring = map_ring(begin.ring, connection.receive_descriptors(), self._device_id)
+        if self._prepare is not None:
+            self._prepare([tensor for bucket in begin.buckets for tensor in bucket.tensors])
         connection.send(messages.Ready(self._ring.own_events()))
         self._stage = "buckets"
         for index, bucket in enumerate(begin.buckets):

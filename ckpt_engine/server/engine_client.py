@@ -55,10 +55,11 @@ def request_inference_to_update(
     where = _where(url, uds)
     if not results:
         raise EngineRequestError(f"{where} ran {method} on no worker: its list of results is empty")
+    asked = dict(socket_paths)
     problems = [
         (index, problem)
         for index, result in enumerate(results)
-        if (problem := _problem_of(index, result)) is not None
+        if (problem := _problem_of(index, result, asked)) is not None
     ]
     if problems:
         shown = [problem for _, problem in problems[:_SHOWN_WORKERS]]
@@ -188,15 +189,25 @@ def _exchange(
         return response.status_code, b"".join(parts)[:limit]
 
 
-def _problem_of(index: int, result: object) -> str | None:
+def _problem_of(index: int, result: object, asked: Mapping[str, str]) -> str | None:
     """What is wrong with a worker's result; None: it counts as success.
 
     Engines turn a method's None into null or "None"; ours return a status dict (ipc.receiver).
+
+    Args:
+        asked: the handle of each device in this call. An engine whose replies got out of step answers
+            with the status of an earlier call, which has that one's handle.
     """
     if result is None or result == "None":
         return None
     if not isinstance(result, Mapping):
         return f"worker {index} answered {_cut(str(result))}"
+    device, handle = result.get("device"), result.get("handle")
+    if handle is not None and asked.get(str(device)) != handle:
+        return (
+            f"worker {index} on device {device or 'unknown'} answered an earlier call (its handle is "
+            f"{_cut(str(handle))}): the engine's replies are out of step for good, restart it"
+        )
     if result.get("outcome") == "committed":
         return None
     problem = (

@@ -26,7 +26,7 @@ from ckpt_engine.devices.handles import SharedMemoryRing
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.messages import Begin, BucketLayout, TensorLayout
 from ckpt_engine.ipc.reactor import Reactor
-from ckpt_engine.ipc.receiver import Run, WorkerReport, update_weights_from_ipc
+from ckpt_engine.ipc.receiver import Prepare, Run, WorkerReport, update_weights_from_ipc
 from ckpt_engine.ipc.sender import WorkerChannel
 from ckpt_engine.ipc.sockets import SocketDirectory
 
@@ -135,6 +135,7 @@ class Receiver:
         handle: str,
         *,
         run: Run | None = None,
+        prepare: Prepare | None = None,
         post_hook: Callable[[], object] | None = None,
         device_uuid: str = UUID,
     ) -> None:
@@ -148,7 +149,13 @@ class Receiver:
         def target() -> None:
             try:
                 self.report = update_weights_from_ipc(
-                    context, handle, None, run=run or load, post_hook=post_hook, device_uuid=device_uuid
+                    context,
+                    handle,
+                    None,
+                    run=run or load,
+                    prepare=prepare,
+                    post_hook=post_hook,
+                    device_uuid=device_uuid,
                 )
             except BaseException as error:  # noqa: BLE001 - a test looks at it
                 self.threw = error

@@ -59,6 +59,7 @@ def test_a_worker_process_gets_every_bit_update_after_update(
         assert answers[-1]["status"] == {
             "outcome": "committed",
             "device": UUID,
+            "handle": sender.handle,
             "version": "3",
             "error": None,
             "traceback": None,
@@ -116,6 +117,36 @@ def test_the_post_hook_runs_when_the_ring_is_released(context: Context, base: Pa
         sender.update()
         end.join()
     assert seen == [before]
+
+
+def test_prepare_sees_all_layouts_before_the_first_tensor(context: Context, base: Path) -> None:
+    seen: list[str] = []
+    with Sender(context, base) as sender:
+        end = Receiver(
+            context,
+            sender.handle,
+            prepare=lambda tensors: seen.extend(f"{t.name} {t.dtype} {list(t.shape)}" for t in tensors),
+            run=lambda tensors: seen.extend(name for name, _ in tensors),
+        )
+        sender.update()
+        end.join()
+    assert seen == ["a int32 [30, 100]", "b bfloat16 [1000]", "c float32 []", "a", "b", "c"]
+
+
+def test_what_prepare_raises_ends_the_update_untouched(context: Context, base: Path) -> None:
+    def refuse(_: object) -> None:
+        raise ValueError("no parameter 'c'")
+
+    with Sender(context, base) as sender:
+        end = Receiver(context, sender.handle, prepare=refuse)
+        with pytest.raises(UpdateError, match="ValueError: no parameter 'c'") as caught:
+            sender.begin()
+        assert caught.value.record.stage == "handshake"
+        sender.channel.abort("the worker refuses")
+        error = end.error()
+    assert isinstance(error, UpdateError)
+    assert error.touched is False
+    assert end.loaded == {}
 
 
 def test_an_error_of_the_post_hook_comes_after_the_ring_is_released(

@@ -180,6 +180,18 @@ def test_a_failed_worker_is_named_with_its_traceback(engine: FakeEngine, url: st
     assert "worker 0" not in message
 
 
+@pytest.mark.parametrize("outcome", [COMMITTED, FAILED])
+def test_the_status_of_an_earlier_call_is_a_failure(
+    engine: FakeEngine, url: str, outcome: dict[str, Any]
+) -> None:
+    mine = COMMITTED | {"handle": "ipc:///tmp/a"}
+    engine.answer({"results": [mine, outcome | {"device": "CPU-h-1", "handle": "ipc:///tmp/before"}]})
+    message = failure(url)
+    assert "1 of 2 workers" in message
+    assert "worker 1 on device CPU-h-1 answered an earlier call" in message
+    assert "restart" in message
+
+
 def test_many_failed_workers_are_all_counted(engine: FakeEngine, url: str) -> None:
     engine.answer({"results": [FAILED] * 20})
     message = failure(url)
