@@ -21,8 +21,8 @@ class Mover(Protocol):
         """Copies buckets that this rank owns ahead of their turn, as far as there is room. Cheap if not."""
         ...
 
-    def wait_for_readers(self, index: int) -> None:
-        """Until no other rank reads bucket `index`, or one before it, from this rank's ring any more."""
+    def is_sent_on(self, index: int) -> bool:
+        """Whether no other rank reads bucket `index`, or one before it, from this rank's ring any more."""
         ...
 
     def deliver(self, item: PlannedBucket) -> None:
@@ -38,7 +38,8 @@ class DirectMover:
 
     def stage_ahead(self) -> None: ...
 
-    def wait_for_readers(self, index: int) -> None: ...
+    def is_sent_on(self, index: int) -> bool:
+        return True
 
     def deliver(self, item: PlannedBucket) -> None:
         part = self._part
@@ -71,7 +72,8 @@ class GroupMover:
             self._staging.mark_filled()
         self._filled = item
 
-    def wait_for_readers(self, index: int) -> None: ...
+    def is_sent_on(self, index: int) -> bool:
+        return True  # a bucket is ready once the broadcast has read it
 
     def deliver(self, item: PlannedBucket) -> None:
         part = self._part

@@ -72,15 +72,10 @@ class HostMover:
                 self._have(item)
 
     def _free(self, item: PlannedBucket) -> bool:
-        """Whether nobody uses the slots that `item` needs."""
-        return item.waits_for <= self._part.channel.done and self._copied(item.waits_for)
+        """Whether nobody uses the slots that `item` needs. What a worker gave back was sent on before."""
+        return item.waits_for <= self._part.channel.done
 
-    def _copied(self, index: int) -> bool:
-        """Whether the ranks that copy from this rank's ring have all buckets up to `index`.
-
-        All, not that one alone: a bucket over several slots follows upon several buckets, and `index` may be
-        one that nobody copies from here.
-        """
+    def is_sent_on(self, index: int) -> bool:
         while self._unread and self._copies[self._unread[0]] == len(self._readers):
             self._unread.popleft()
         return not self._unread or self._unread[0] > index
@@ -90,9 +85,6 @@ class HostMover:
         self._staged.add(item.index)
         for reader in self._readers:
             self._links.tell(reader, STAGED, item.index)
-
-    def wait_for_readers(self, index: int) -> None:
-        self._part.wait(lambda: self._copied(index), "the other ranks to copy", index)
 
     def deliver(self, item: PlannedBucket) -> None:
         """Also sends the bucket on, where that is this rank's part."""

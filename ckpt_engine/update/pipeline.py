@@ -2,8 +2,9 @@
 
 One thread walks the plan's sequence on every rank. A rank takes bucket i once the bucket whose slots it
 needs has been given back, which no later bucket can delay: that is why no cycle of waits can form. While
-it waits, it announces the buckets that have arrived in its ring, and stages the buckets it owns ahead of
-the others, so that all owners' copies run in parallel.
+it waits, it announces the buckets that have arrived in its ring and need not be read from there by other
+ranks any more, and stages the buckets it owns ahead of the others, so that all owners' copies run in
+parallel.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Pipeline:
         part.while_waiting = self._while_waiting
 
     def run(self) -> None:
-        """Returns when the worker has given back every bucket and no rank reads this ring any more.
+        """Returns when the worker has given back every bucket: then no other rank reads this ring either.
 
         Raises:
             UpdateError: with the bucket that was at work.
@@ -38,19 +39,31 @@ class Pipeline:
         for item in part.plan.buckets:
             with at_work_on(item):
                 if item.waits_for >= 0:
-                    part.wait_for_worker(item.waits_for)
-                    self._mover.wait_for_readers(item.waits_for)
+                    self._wait_until_given_back(item.waits_for)
                 self._mover.deliver(item)
             self._on_the_way.append(item)
             self._announce()
-        last = len(part.plan.buckets) - 1
-        part.wait(lambda: not self._on_the_way, "the last copies to its device", last)
-        part.wait_for_worker(last)
-        self._mover.wait_for_readers(last)
+        self._wait_until_given_back(len(part.plan.buckets) - 1)
+
+    def _wait_until_given_back(self, index: int) -> None:
+        """In two steps, so that a late rank is not taken for a stuck worker."""
+        self._part.wait(
+            lambda: not self._on_the_way or self._on_the_way[0].index > index,
+            "the copies to its device, and other ranks that copy from it",
+            index,
+        )
+        self._part.wait_for_worker(index)
 
     def _announce(self) -> None:
-        """In sequence, and only what lies in the ring: no worker's stream ever waits for this process."""
-        while self._on_the_way and self._part.ring.is_ready(self._on_the_way[0].index):
+        """In sequence, and only what lies in the ring: no worker's stream ever waits for this process.
+
+        Nor what other ranks still read there: the worker may write into a bucket that it has.
+        """
+        while (
+            self._on_the_way
+            and self._part.ring.is_ready(self._on_the_way[0].index)
+            and self._mover.is_sent_on(self._on_the_way[0].index)
+        ):
             self._part.channel.announce(self._on_the_way.popleft().index)
 
     def _while_waiting(self) -> bool:
@@ -64,4 +77,4 @@ class Pipeline:
             )
             self._reported = done
             self._progress(self._reported_nbytes)
-        return bool(self._on_the_way)
+        return bool(self._on_the_way) and not self._part.ring.is_ready(self._on_the_way[0].index)

@@ -35,6 +35,11 @@ def test_a_slow_reload_is_not_overtaken(world: World) -> None:
     assert weights(world, "slow") == [world.second] * world.size
 
 
+def test_a_worker_may_write_into_what_it_was_given(world: World) -> None:
+    """Other ranks may still need the same bytes from the same memory."""
+    assert weights(world, "writes") == [world.first] * world.size
+
+
 def test_versions_grow_and_are_the_same_on_every_rank_and_worker(world: World) -> None:
     seen = []
     for scenario in ("first", "second", "back"):

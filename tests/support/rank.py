@@ -174,6 +174,7 @@ def main() -> None:
             me.record("second", me.update("b"))
             me.record("back", me.update("a"))
             me.record("slow", me.update("b", {"kind": "slow"}))
+            me.record("writes", me.update("a", {"kind": "writes"}))
             last = me.results["first"]["buckets"] - 1
             for place, bucket in VICTIM_BUCKETS.items():
                 fault = {"kind": "run", "bucket": last if bucket < 0 else bucket, "action": "raise"}

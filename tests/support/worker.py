@@ -6,6 +6,7 @@ status of `serve_update` and the digests of all tensors held after it. Faults:
     {"kind": "run", "bucket": i, "action": A}   at bucket i (-1: the last): A is raise, exit, stop or device
     {"kind": "post_hook", "action": A}          in the post hook
     {"kind": "missing"}                         looks for a device that nobody serves
+    {"kind": "writes"}                          writes over each tensor once it is loaded
     {"kind": "slow"}                            on CUDA: enqueues 50 ms of work before each bucket's copies
 
 With TEST_DEVICE=cuda the tensors are copied into slices of one fused parameter on the device, without a
@@ -82,6 +83,8 @@ def main() -> None:
                 torch.cuda._sleep(100_000_000)
             for name, tensor in tensors:
                 load(name, tensor)
+                if fault.get("kind") == "writes":
+                    tensor.zero_()
             seen += 1
 
         def post_hook(fault: dict = fault) -> None:
