@@ -60,6 +60,7 @@ class WorkerChannel:
         self.gone = False  # said goodbye, or died
         self._begin: messages.Begin | None = None
         self._begun = False
+        self._layouts: tuple[messages.BucketLayout, ...] = ()
         self._ring: Ring | None = None
         self._abort_frame: bytes | None = None
         self._identity: bytes | None = None
@@ -83,7 +84,7 @@ class WorkerChannel:
 
     def begin(self, begin: messages.Begin, ring: Ring) -> None:
         """What the worker gets when it connects, or at once if it is there."""
-        self._begin, self._ring = begin, ring
+        self._begin, self._ring, self._layouts = begin, ring, begin.buckets
         self._start()
 
     def announce(self, index: int) -> None:
@@ -184,8 +185,8 @@ class WorkerChannel:
             return True
         except ConnectionError:
             data = b""
-        # A worker says no more than that; a stranger may.
-        lifeline.identity = (lifeline.identity + data)[:IDENTITY_NBYTES]
+        # A worker says no more than that; who does is a stranger.
+        lifeline.identity = (lifeline.identity + data)[: IDENTITY_NBYTES + 1]
         if len(lifeline.identity) == IDENTITY_NBYTES:
             self._known.add(lifeline.identity)
         return bool(data)
@@ -214,9 +215,31 @@ class WorkerChannel:
             # Also after its Failure: nobody must wait for its goodbye.
             if lifeline.identity == self._identity and not self.gone:
                 self.gone = lost = True
+            elif self._identity is None and len(lifeline.identity) == IDENTITY_NBYTES:
+                lost = True  # it died before its Hello was out
         if lost:
-            message = f"the worker of device {self._uuid} (pid {lifeline.pid}) died or closed its connection"
-            raise PeerLost(ErrorRecord(error_type="PeerLost", message=message, device=self._uuid))
+            raise self._lost(lifeline.pid)
+
+    def _lost(self, pid: int) -> PeerLost:
+        """Says where the worker was: the session may be far ahead of it, or still meeting other ranks."""
+        stage, bucket = "handshake", None
+        if self.finished:
+            stage = "decide"
+        elif self.released:
+            stage = "post_hook"
+        elif self._finishing and self.done == self.announced:
+            stage = "release"
+        elif self.ready:
+            stage, bucket = "buckets", self.done + 1 if self.done < self.announced else None
+        record = ErrorRecord(
+            error_type="PeerLost",
+            message=f"the worker of device {self._uuid} (pid {pid}) died or closed its connection",
+            stage=stage,
+            device=self._uuid,
+            bucket=bucket,
+            tensors=() if bucket is None else messages.names_of(self._layouts[bucket]),
+        )
+        return PeerLost(record)
 
     def _on_message(self) -> None:
         while True:

@@ -46,7 +46,9 @@ def test_a_killed_worker_is_named_at_once(context: Context, base: Path) -> None:
             with pytest.raises(PeerLost, match=rf"worker of device {UUID} \(pid {process.pid}\)") as caught:
                 sender.move()
             assert time.monotonic() - started < PROMPT_SECONDS
-            assert caught.value.record.device == UUID
+            record = caught.value.record
+            assert (record.device, record.stage, record.bucket) == (UUID, "buckets", 1)
+            assert list(record.tensors) == ["b"]
             assert sender.channel.done == 0
             assert sender.channel.gone
             assert sender.channel.touched
@@ -135,6 +137,40 @@ def test_a_worker_that_dies_right_after_its_hello_is_lost(context: Context, base
         raw.close()
         with pytest.raises(PeerLost, match=rf"worker of device {UUID} \(pid {os.getpid()}\)"):
             sender.begin()
+
+
+def test_a_worker_that_dies_before_its_hello_is_lost(context: Context, base: Path) -> None:
+    """ZeroMQ sends in a thread of its own: a killed worker's hello may never have left it."""
+    with Sender(context, base) as sender:
+        raw = RawWorker(context, sender.handle, hello=False)
+        sender.until(lambda: sender.channel._known, "its identity")
+        raw.close()
+        started = time.monotonic()
+        with pytest.raises(PeerLost, match=rf"worker of device {UUID} \(pid {os.getpid()}\)") as caught:
+            sender.begin()
+        assert time.monotonic() - started < PROMPT_SECONDS
+        assert caught.value.record.stage == "handshake"
+        assert caught.value.record.bucket is None
+
+
+@pytest.mark.parametrize(("freed", "stage"), [(False, "release"), (True, "post_hook")])
+def test_a_lost_worker_s_stage_is_its_own(context: Context, base: Path, freed: bool, stage: str) -> None:
+    with Sender(context, base) as sender:
+        raw = RawWorker(context, sender.handle)
+        raw.say(receiver.messages.Ready())
+        sender.begin()
+        sender.channel.announce(0)
+        raw.say(receiver.messages.BucketDone(0))
+        sender.until(lambda: sender.channel.done == 0, "BucketDone")
+        sender.channel.finish()
+        if freed:
+            raw.say(receiver.messages.Released())
+            sender.until(lambda: sender.channel.released, "Released")
+            sender.channel.freed()
+        raw.close()
+        with pytest.raises(PeerLost) as caught:
+            sender.until(lambda: False, "its end")
+        assert (caught.value.record.stage, caught.value.record.bucket) == (stage, None)
 
 
 def test_the_kernel_says_who_the_worker_is(context: Context, base: Path) -> None:
