@@ -8,6 +8,7 @@ host map it read-only.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -52,7 +53,7 @@ class SharedRing:
         """Makes a ring; its pages come when they are first written.
 
         Raises:
-            HostMemoryError: the host has less than `nbytes` available.
+            HostMemoryError: the host has less than `nbytes` available, or a limit of this process is lower.
         """
         available = available_host_memory()
         if nbytes > available:
@@ -62,6 +63,10 @@ class SharedRing:
             os.ftruncate(fd, nbytes)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
             return cls(fd, nbytes, writable=True)
+        except OSError as error:
+            # A limit of the address space or of a file's length, which the available memory knows nothing of.
+            os.close(fd)
+            raise HostMemoryError(f"a ring of {nbytes} bytes cannot be made: {error}") from error
         except BaseException:
             os.close(fd)
             raise
@@ -72,6 +77,7 @@ class SharedRing:
 
         Raises:
             ProtocolError: not a memfd of `nbytes` bytes sealed against resizing.
+            HostMemoryError: it is, but this process may not map as much.
         """
         try:
             try:
@@ -84,7 +90,10 @@ class SharedRing:
                 )
             try:
                 return cls(fd, nbytes, writable=writable)
-            except OSError as error:  # a descriptor that is read-only, or a memfd sealed against writing
+            except OSError as error:
+                if error.errno == errno.ENOMEM:
+                    raise HostMemoryError(f"a ring of {nbytes} bytes cannot be mapped: {error}") from error
+                # A descriptor that is read-only, or a memfd sealed against writing.
                 raise ProtocolError(f"the received ring cannot be mapped: {error}") from None
         except BaseException:
             os.close(fd)

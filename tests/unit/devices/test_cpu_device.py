@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -279,17 +280,52 @@ def test_a_ring_larger_than_the_free_memory_is_refused() -> None:
     assert descriptors() == before
 
 
+@contextmanager
+def limited(kind: int, nbytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, (soft, hard))
+
+
+def room_for(nbytes: int) -> int:
+    """A limit of the address space that lets it grow by so much."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE + nbytes
+
+
 def test_a_ring_that_cannot_be_mapped_leaves_no_descriptor() -> None:
     """What the free memory does not tell: a limit of the address space."""
     before = descriptors()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
-    resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 1024**2, hard))
-    try:
-        with pytest.raises(OSError, match="Cannot allocate memory"):
-            SharedRing.create(512 * 1024**2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    with (
+        limited(resource.RLIMIT_AS, room_for(64 * 1024**2)),
+        pytest.raises(HostMemoryError, match=rf"a ring of {512 * 1024**2} bytes .*Cannot allocate memory"),
+    ):
+        SharedRing.create(512 * 1024**2)
+    assert descriptors() == before
+
+
+def test_a_ring_longer_than_a_file_may_be_leaves_no_descriptor() -> None:
+    before = descriptors()
+    with (
+        limited(resource.RLIMIT_FSIZE, NBYTES - 1),
+        pytest.raises(HostMemoryError, match=rf"a ring of {NBYTES} bytes cannot be made: .*File too large"),
+    ):
+        SharedRing.create(NBYTES)
+    assert descriptors() == before
+
+
+def test_a_worker_that_cannot_map_the_ring_says_so_and_closes_it() -> None:
+    before = descriptors()
+    made = SharedRing.create(512 * 1024**2)
+    fd = os.dup(made.descriptors()[0])
+    with (
+        limited(resource.RLIMIT_AS, room_for(64 * 1024**2)),
+        pytest.raises(HostMemoryError, match=r"cannot be mapped: .*Cannot allocate memory"),
+    ):
+        SharedRing.open(fd, made.nbytes, writable=True)
+    made.close()
     assert descriptors() == before
 
 
