@@ -180,7 +180,8 @@ class _Connection:
         except OSError as error:
             self.zmq.close()
             self.lifeline.close()
-            raise _lost(f"nobody listens on {handle} any more ({error}): that update has ended") from None
+            message = f"nobody listens on {handle} any more ({error}): that update has ended"
+            raise _lost(message, touched=False) from None
         tune(self.zmq, messages.MAX_MESSAGE_NBYTES)
         self.zmq.setsockopt(zmq.ROUTING_ID, identity)
         # close() must not drop a Failure that is still on its way.
@@ -386,8 +387,8 @@ class _Aborted(UpdateError):
     """The parameter server said that the update has ended."""
 
 
-def _lost(message: str) -> PeerLost:
-    return PeerLost(ErrorRecord(error_type="PeerLost", message=message))
+def _lost(message: str, *, touched: bool | None = None) -> PeerLost:
+    return PeerLost(ErrorRecord(error_type="PeerLost", message=message), touched=touched)
 
 
 def _report_missing(

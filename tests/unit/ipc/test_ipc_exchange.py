@@ -277,6 +277,7 @@ def test_a_handle_that_leads_nowhere_is_an_error_at_once(
     status = serve_update(context, {UUID: handle}, UUID, None, run=lambda _: None)
     assert status["outcome"] == "failed"
     assert text in status["error"]
+    assert status["touched"] is False
     assert open_sockets_and_rings() == before
 
 
