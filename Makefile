@@ -14,7 +14,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu check lock clean
+.PHONY: help demo test test-faults test-gpu check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(STAMP)  ## Updates two engine processes from a checkpoint on disk, and v
 
 test: $(STAMP)  ## Runs all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and workers
+	$(BIN)/python -m pytest -q tests/faults $(ARGS)
 
 test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

@@ -1,0 +1,70 @@
+"""Launches that tests share, and the table of how soon faults were reported."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+from reports_for_fault_tests import Reports
+from world_for_fault_tests import NewWorld, World, Worlds
+
+from tests.support.steered import Engines, Fleet
+
+_REPORTS = Reports()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _REPORTS.seconds:
+        terminalreporter.section("faults, and how soon the last survivor had reported each")
+        for line in _REPORTS.table():
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewWorld]:
+    """Launches ranks. `engines`: those they are to feed, which outlive them; `like`: a world whose place
+    they take."""
+    seeds = itertools.count(20270101)
+    shared = Engines(tmp_path_factory.mktemp("engines"))
+    fleets: list[Fleet] = []
+
+    def launch(
+        size: int,
+        hosts: int,
+        engines: Engines | None = None,
+        *,
+        like: World | None = None,
+        kind: str = "layers",
+    ) -> World:
+        fleet = Fleet(
+            size,
+            hosts,
+            tmp_path_factory.mktemp("fleet"),
+            engines or shared,
+            like.fleet if like is not None else None,
+        )
+        fleets.append(fleet)
+        return World(fleet, seeds, _REPORTS, kind)
+
+    yield launch
+    for fleet in fleets:
+        fleet.end()
+    shared.end()
+
+
+@pytest.fixture(scope="session")
+def worlds(request: pytest.FixtureRequest, new_world: NewWorld) -> Iterator[Worlds]:
+    """(size, hosts) -> the one world of that shape in which no test ends a rank."""
+    made: dict[tuple[int, int], World] = {}
+
+    def world(size: int, hosts: int) -> World:
+        if (size, hosts) not in made:
+            made[size, hosts] = new_world(size, hosts)
+        return made[size, hosts]
+
+    yield world
+    if not request.session.testsfailed:
+        for each in made.values():
+            each.end_well()
+            each.sockets_are_swept()

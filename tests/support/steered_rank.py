@@ -1,0 +1,169 @@
+"""A rank that does what JSON lines on stdin say, and answers each with how that ended; see `steered`.
+
+`update` may be given a fault of this rank, and one of its worker (`steered_worker`):
+
+    {"act": "kill" | "stop" | "raise", "at": "request" | "buckets"}     when its engine is to be asked, or a
+                                                                         third of the bytes is loaded
+
+`limit`, and `file_limit`: by how many bytes its address space may grow, and how large a file (and so a
+memfd) may get, while it does what it is told to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ckpt_engine import ParameterServer
+from ckpt_engine.errors import UpdateError
+from ckpt_engine.metadata import metas_from_json
+from tests.support.checkpoints import share_of
+from tests.support.steered_worker import limit_address_space, say
+
+Fault = dict[str, Any] | None
+
+
+def act(what: str, where: str) -> None:
+    say(event="fault", at=time.monotonic())
+    if what == "raise":
+        raise RuntimeError(f"injected in {where}")
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
+
+
+@contextmanager
+def limited(limit: int | None, file_limit: int | None) -> Iterator[None]:
+    if limit is not None:
+        limit_address_space(limit)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, -1))
+    try:
+        yield
+    finally:
+        limit_address_space(-1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+
+
+class SteeredRankProcess:
+    def __init__(self, ps: ParameterServer, engine: str) -> None:
+        self.ps = ps
+        self.engine = engine
+        self.asked = False
+        self.error: Exception | None = None
+
+    def register(
+        self, name: str, kind: str, seed: int, parts: list[int], of: int, limit: int | None = None
+    ) -> None:
+        share = share_of(kind, seed, parts, of)
+        with limited(limit, None):
+            self.ps.register_checkpoint(name, named_tensors=share)
+
+    def register_files(self, name: str, files: list[str]) -> None:
+        self.ps.register_checkpoint(name, files=files)
+
+    def unregister(self, name: str) -> None:
+        self.ps.unregister_checkpoint(name)
+
+    def gather(self, name: str, ranks: list[int] | None = None) -> None:
+        self.ps.gather_metas(name, timeout=120, ranks=ranks)
+
+    def load_metas(self, text: str) -> None:
+        self.ps.load_metas(metas_from_json(text))
+
+    def forge(self, name: str) -> None:
+        """From now on this rank believes that it gathered one tensor less."""
+        epoch, metas = self.ps._gathered._by_name[name]
+        held = metas[self.ps.rank]
+        first = held.buffers[0]
+        less = held.model_copy(
+            update={"buffers": (first.model_copy(update={"tensors": first.tensors[1:]}), *held.buffers[1:])}
+        )
+        self.ps._gathered._by_name[name] = (epoch, metas | {self.ps.rank: less})
+
+    def state(self) -> dict[str, Any]:
+        """What lies between updates."""
+        me = self.ps._me
+        return {
+            "threads": sorted(thread.name for thread in threading.enumerate()),
+            "sockets": sorted(os.listdir(me.directory.path)) if me else [],
+            "names": self.ps.checkpoint_names,
+            "metas": sorted(self.ps.get_metas()),
+        }
+
+    def update(
+        self,
+        name: str,
+        ranks: list[int] | None = None,
+        wait: bool = True,
+        fault: Fault = None,
+        worker_fault: Fault = None,
+        limit: int | None = None,
+        file_limit: int | None = None,
+    ) -> dict[str, Any]:
+        """`wait`: whether req_func waits for the engine's answer, or returns at once."""
+
+        def on_progress(done: int, total: int) -> None:
+            if fault and fault["at"] == "buckets" and done >= total // 3:
+                act(fault["act"], "on_progress")
+
+        def req_func(paths: list[tuple[str, str]]) -> None:
+            if fault and fault["at"] == "request":
+                act(fault["act"], "req_func")
+            self.asked = True
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as engine:
+                engine.connect(self.engine)
+                with engine.makefile("rw") as lines:
+                    lines.write(json.dumps({"handles": paths, "fault": worker_fault}) + "\n")
+                    lines.flush()
+                    answer = lines.readline() if wait else '{"outcome": "unknown"}'
+            if not answer:
+                raise RuntimeError("the engine lost its worker")
+            status = json.loads(answer)
+            if status["outcome"] == "failed":
+                raise RuntimeError(f"the engine says: {status['error']}")
+
+        with limited(limit, file_limit):
+            report = self.ps.update(name, req_func, timeout=120, ranks=ranks, on_progress=on_progress)
+        return {"version": report.version, "buckets": report.buckets}
+
+    def do(self, what: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = {"error": None, "message": ""}
+        self.asked, self.error = False, None
+        say(event="started", at=time.monotonic())
+        try:
+            answer |= getattr(self, what)(**arguments) or {}
+        except Exception as error:  # noqa: BLE001 - what was raised is the answer
+            self.error = error
+            answer |= {"error": type(error).__name__, "message": str(error)}
+            if isinstance(error, UpdateError):
+                answer |= {"record": error.record.to_dict(), "touched": error.touched}
+        return answer | {"ended": time.monotonic(), "asked": self.asked}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with ParameterServer(device="cpu") as ps:
+        rank = SteeredRankProcess(ps, sys.argv[1])
+        for line in sys.stdin:
+            request = json.loads(line)
+            what = request.pop("do")
+            if what == "end":
+                if rank.error is not None:
+                    # As in a program that does not catch it.
+                    raise rank.error
+                return
+            say(**rank.do(what, request))
+
+
+if __name__ == "__main__":
+    main()

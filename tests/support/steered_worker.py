@@ -1,0 +1,123 @@
+"""A worker that serves one update after another; see `steered.SteeredWorker`.
+
+Whoever connects to its socket says {"handles": [[uuid, handle], ...], "fault": {...}} on one line, and gets
+the outcome on another; the test gets it on stdout. A fault is what to do, and where:
+
+    {"act": "kill" | "stop" | "raise", "at": "begin" | "hello" | "map" | "bucket" | "post_hook", "bucket": i}
+    {"act": "limit", "nbytes": n}     the address space may grow by n bytes only, while the update lasts
+
+`raise` is for the engine's own code: a bucket's reload, and the post hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import zmq
+
+from ckpt_engine.devices import cpu_uuid, map_ring
+from ckpt_engine.ipc import messages, receiver
+from ckpt_engine.settings import load_settings
+from tests.support.worker import digest
+
+
+def say(**what: object) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def limit_address_space(nbytes: int) -> None:
+    """By how much it may grow from now on; -1: without limit."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = nbytes if nbytes < 0 else pages * resource.getpagesize() + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, -1))
+
+
+class SteeredWorkerProcess:
+    def __init__(self, path: str) -> None:
+        self.weights: dict[str, torch.Tensor] = {}
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.uuid = cpu_uuid(load_settings(), 0)
+        self.fault: dict[str, Any] = {}
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.listener.bind(path)
+        self.listener.listen()
+        real_send, real_map = receiver._Connection.send, map_ring
+
+        def send(connection: receiver._Connection, message: messages.WorkerMessage) -> None:
+            real_send(connection, message)
+            if isinstance(message, messages.Hello):
+                self.at("hello")
+
+        def mapped(*arguments: Any) -> Any:  # noqa: ANN401
+            self.at("map")
+            return real_map(*arguments)
+
+        receiver._Connection.send = send  # type: ignore[method-assign, assignment]
+        receiver.map_ring = mapped  # type: ignore[attr-defined, assignment]
+
+    def at(self, place: str, bucket: int | None = None) -> None:
+        """Here the fault happens, if it is due."""
+        if self.fault.get("at") != place or self.fault.get("bucket") != bucket:
+            return
+        act, self.fault = self.fault["act"], {}
+        say(event="fault", at=time.monotonic())
+        if act == "raise":
+            raise RuntimeError(f"injected in {place}")
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[act])
+
+    def serve(self) -> None:
+        while True:
+            engine, _ = self.listener.accept()
+            with engine, engine.makefile() as lines:
+                request = json.loads(lines.readline())
+                status = self.update(request["handles"], request["fault"] or {})
+                # The rank that asked may be dead by now, or not wait for this.
+                with contextlib.suppress(OSError):
+                    engine.sendall(json.dumps(status).encode() + b"\n")
+
+    def update(self, handles: list[list[str]], fault: dict[str, Any]) -> dict[str, Any]:
+        self.fault = fault
+        seen = 0
+        self.at("begin")
+        if fault.get("act") == "limit":
+            limit_address_space(fault["nbytes"])
+
+        def run(tensors: list[tuple[str, torch.Tensor]]) -> None:
+            nonlocal seen
+            seen += 1
+            self.at("bucket", seen - 1)
+            for name, tensor in tensors:
+                self.weights[name] = tensor.clone()
+
+        status = receiver.serve_update(
+            self.context, handles, self.uuid, None, run=run, post_hook=lambda: self.at("post_hook")
+        )
+        ended = time.monotonic()
+        limit_address_space(-1)
+        digests = {name: digest(tensor) for name, tensor in self.weights.items()}
+        say(status=status, digests=digests, ended=ended, buckets=seen)
+        return status
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    worker = SteeredWorkerProcess(sys.argv[1])
+    say(pid=os.getpid())
+    worker.serve()
+
+
+if __name__ == "__main__":
+    main()
