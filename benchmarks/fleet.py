@@ -130,8 +130,10 @@ def parameter_server(rank: int, ranks: int, kind: str, port: int) -> ParameterSe
     )
 
 
-def run_ranks(serve: Callable[[int, argparse.Namespace, int], Lines], arguments: argparse.Namespace) -> Lines:
-    """Runs `serve(rank, arguments, port)` in a process for each of `arguments.ranks`; what rank 0 returned.
+def run_ranks(
+    serve: Callable[[int, argparse.Namespace, int], Lines], arguments: argparse.Namespace
+) -> list[Lines]:
+    """Runs `serve(rank, arguments, port)` in a process for each of `arguments.ranks`; what each returned.
 
     Raises:
         SystemExit: a rank failed.
@@ -149,7 +151,7 @@ def run_ranks(serve: Callable[[int, argparse.Namespace, int], Lines], arguments:
             process.join()
         if any(process.exitcode for process in ranks):
             sys.exit(1)
-        return list(json.loads(Path(out, "lines.json").read_text()))
+        return [json.loads(Path(out, f"{rank}.json").read_text()) for rank in range(arguments.ranks)]
 
 
 def _run_rank(
@@ -164,6 +166,4 @@ def _run_rank(
     if arguments.device == "cuda":
         # Ranks may share a GPU, whose own UUID would be there twice.
         os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"GPU-benchmark-{rank}"
-    lines = serve(rank, arguments, port)
-    if rank == 0:
-        Path(out, "lines.json").write_text(json.dumps(lines))
+    Path(out, f"{rank}.json").write_text(json.dumps(serve(rank, arguments, port)))

@@ -3,10 +3,12 @@
     python -m benchmarks.soak --device cpu --ranks 2 --cycles 100 --json
     python -m benchmarks.soak --device cuda --cycles 100 --json
 
-Every cycle registers other weights and ends with the workers holding them. One JSON line for every tenth of
-the cycles, with what each process holds between two cycles: anonymous and shared memory, descriptors,
-threads, and the device's memory in use. The last line says by how much each figure grew
-from the first of these lines to the last, and whether that is `flat`; the exit status is 1 where it is not.
+Every cycle registers other weights and ends with the workers holding them. One JSON line for each rank, at
+cycle 10 and at every tenth of the cycles, with what its processes hold between two cycles: anonymous and
+shared memory, descriptors, threads, and the device's memory in use. `dev_shm_bytes` is what lies in /dev/shm,
+whoever put it there: it is told, not judged. The last line says by how much each figure grew from the first
+of these lines to the last, on the rank where it grew most, and whether that is `flat`; the exit status is 1
+where it is not.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -42,12 +45,14 @@ ALLOWED: Mapping[str, int] = {
 }
 """By how much a figure may differ between two moments without growing: what allocators and ZeroMQ's
 lingering connections come to."""
+WARM_CYCLE = 10
+"""After it nothing may grow. (Of fewer than 20 cycles the first half warms up.)"""
 
 
 def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
     shapes = shapes_of(int(arguments.gib * 2**30), arguments.tensor_mib)
     worker = Worker(arguments.device, rank, shapes)
-    every = max(1, arguments.cycles // 10)
+    warm, every = min(WARM_CYCLE, arguments.cycles // 2), max(1, arguments.cycles // 10)
     lines: Lines = []
     with parameter_server(rank, arguments.ranks, arguments.device, port) as ps:
         worker.wait_until_ready()
@@ -68,13 +73,15 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
             if got != [expected]:
                 raise RuntimeError(f"cycle {cycle}: the worker's parameters sum to {got}, not {expected}")
             ps.unregister_checkpoint("soak")
-            if cycle % every == 0:
+            if cycle == warm or (cycle > warm and cycle % every == 0) or cycle == arguments.cycles:
                 gc.collect()
                 figures = process_figures() | device_figures(arguments.device)
                 lines.append(
                     {
+                        "rank": rank,
                         "cycle": cycle,
                         "seconds": round(seconds, 5),
+                        "dev_shm_bytes": dev_shm_bytes(),
                         "server": figures,
                         "worker": worker.figures(),
                     }
@@ -91,11 +98,19 @@ def device_figures(kind: str) -> dict[str, int]:
     return {"device_bytes": total - free}
 
 
-def growth(lines: Lines) -> dict[str, dict[str, int]]:
-    """From the first line to the last, by process and figure."""
-    first, last = lines[0], lines[-1]
+def dev_shm_bytes() -> int:
+    """What all files in /dev/shm take."""
+    shm = os.statvfs("/dev/shm")  # noqa: S108 - only looked at
+    return (shm.f_blocks - shm.f_bfree) * shm.f_frsize
+
+
+def growth(of_ranks: list[Lines]) -> dict[str, dict[str, int]]:
+    """From the first line to the last, by process and figure, on the rank where it is the most."""
     return {
-        who: {figure: last[who][figure] - value for figure, value in first[who].items()}
+        who: {
+            figure: max(lines[-1][who][figure] - lines[0][who][figure] for lines in of_ranks)
+            for figure in of_ranks[0][0][who]
+        }
         for who in ("server", "worker")
     }
 
@@ -113,12 +128,15 @@ def main() -> None:
     parser.add_argument("--tensor-mib", type=float, default=4.0, help="MiB of each tensor")
     parser.add_argument("--json", action="store_true", help="only JSON lines (they are printed anyway)")
     arguments = parser.parse_args()
+    if arguments.cycles < 2:
+        parser.error("--cycles: at least 2, or nothing can be seen to grow")
     arguments.device = detect_device(arguments.device)
-    lines = run_ranks(serve, arguments)
+    of_ranks = run_ranks(serve, arguments)
     common: dict[str, Any] = {"benchmark": "soak", "device": arguments.device, "ranks": arguments.ranks}
-    for line in lines:
-        print(json.dumps(common | line))
-    grown = growth(lines)
+    for moment in zip(*of_ranks, strict=True):
+        for line in moment:
+            print(json.dumps(common | line))
+    grown = growth(of_ranks)
     flat = is_flat(grown)
     print(json.dumps(common | {"cycles": arguments.cycles, "growth": grown, "flat": flat}))
     sys.exit(not flat)

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="only JSON lines (they are printed anyway)")
     arguments = parser.parse_args()
     arguments.device = detect_device(arguments.device)
-    lines = run_ranks(serve, arguments)
+    lines = run_ranks(serve, arguments)[0]
     common = {
         "benchmark": "update",
         "device": arguments.device,

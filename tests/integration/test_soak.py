@@ -26,5 +26,7 @@ def test_nothing_grows_over_100_checkpoints(capsys: pytest.CaptureFixture[str]) 
         sys.stdout.write(f"\n{done.stdout}")
     assert done.returncode == 0, done.stdout + done.stderr
     *moments, summary = map(json.loads, done.stdout.splitlines())
-    assert [moment["cycle"] for moment in moments] == list(range(10, 101, 10))
+    assert [(moment["cycle"], moment["rank"]) for moment in moments] == [
+        (cycle, rank) for cycle in range(10, 101, 10) for rank in range(2)
+    ]
     assert summary["flat"] is True
