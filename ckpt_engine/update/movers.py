@@ -50,7 +50,8 @@ def _group(me: Rank, meeting: Meeting, part: Part, members: tuple[int, ...], kin
         me.drop_groups()
         return None
     names = {meeting.by_rank[member].group_name for member in members}
-    like = f"{kind}-{'-'.join(map(str, members))}-"
+    # The slash ends the members: ranks 0 and 1 must not take the group of 0, 1 and 2 for theirs.
+    like = f"{kind}-{'-'.join(map(str, members))}/"
     if len(names) > 1 or not me.group_name.startswith(like):
         me.drop_groups()
         name = like + meeting.name
