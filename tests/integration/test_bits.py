@@ -52,7 +52,7 @@ def write_files(directory: Path) -> None:
     directory.mkdir()
     tensors = bits.make(SEED)
     names = sorted(tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(SHARDS):
         file = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors"
         shard = {name: tensors[name] for name in names[number::SHARDS]}
