@@ -246,7 +246,7 @@ def test_a_share_that_cannot_be_read_leaves_nothing(ranks: Ranks, checkpoint: Pa
     cut.write_bytes(good[0].read_bytes()[:-100])
     files = [str(cut), *map(str, good[1:])]
     answer = ranks.ask("POST", "/checkpoints/cut/files", params=ALL, json={"files": files})
-    assert answer.status_code == 500
+    assert answer.status_code == 400
     assert answer.json()["error_type"] == "CheckpointFormatError"
     assert str(cut) in answer.json()["message"]
     assert sorted(part["undone"] for part in answer.json()["ranks"].values()) == [False, True]
