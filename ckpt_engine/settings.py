@@ -54,7 +54,10 @@ class Settings(BaseSettings):
     slot_mib: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("slot_mib", "CKPT_ENGINE_SLOT_MIB")
     )
-    slot_count: int = Field(3, ge=1, validation_alias=AliasChoices("slot_count", "CKPT_ENGINE_SLOT_COUNT"))
+    # At most as many as a link between ranks takes notes about at once.
+    slot_count: int = Field(
+        3, ge=1, le=128, validation_alias=AliasChoices("slot_count", "CKPT_ENGINE_SLOT_COUNT")
+    )
 
     # Ours: who this process is
     host_id_override: str | None = Field(

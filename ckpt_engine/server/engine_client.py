@@ -136,7 +136,7 @@ def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, pa
     url = endpoint.rstrip("/") + path
     deadline = time.monotonic() + timeout
     pause = 0.05
-    last = "it was not asked"
+    last, asked = "it was not asked", False
     while (remaining := deadline - time.monotonic()) > 0:
         try:
             status, answer = _exchange(
@@ -146,8 +146,15 @@ def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, pa
             # No wait will mend the address.
             raise EngineRequestError(f"{_where(url, uds)} is not an address: {_name(error)}") from None
         except (httpx.HTTPError, OSError) as error:
-            last = _name(error)
+            # A poll that our own deadline cut short tells less than the answer before it.
+            cut_short = remaining < _PROBE_TIMEOUT and isinstance(
+                error, httpx.TimeoutException | TimeoutError
+            )
+            if not (cut_short and asked):
+                last = _name(error)
+            asked = True
         else:
+            asked = True
             if 200 <= status < 300:
                 return
             last = f"HTTP {status}: {_text(answer)}"

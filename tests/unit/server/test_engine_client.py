@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from ckpt_engine.errors import ConfigError, EngineRequestError
@@ -379,6 +380,21 @@ def test_health_is_awaited(engine: FakeEngine, url: str) -> None:
     timer.join()
     assert len(engine.requests) > 1
     assert {request[:2] for request in engine.requests} == {("GET", "/health")}
+
+
+def test_an_answer_is_not_forgotten_for_a_poll_that_the_deadline_cut_short(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([(503, b"loading")])
+
+    def exchange(*_: object, **__: object) -> tuple[int, bytes]:
+        for answer in answers:
+            return answer
+        raise httpx.ReadTimeout("cut short")
+
+    monkeypatch.setattr(engine_client, "_exchange", exchange)
+    with pytest.raises(EngineRequestError, match="HTTP 503: loading"):
+        wait_until_healthy(url, 0.2)
 
 
 def test_health_that_never_comes_names_endpoint_and_last_answer(engine: FakeEngine, url: str) -> None:
