@@ -11,6 +11,9 @@ from ckpt_engine.metadata import Metas, metas_to_json, topology
 
 logger = logging.getLogger(__name__)
 
+REMEMBERED = 64
+"""Of how many checkpoints, the latest, it is remembered who held a part."""
+
 
 class GatheredMetas:
     """`shown`: what was gathered or loaded last; `topology`: its senders' side."""
@@ -18,6 +21,7 @@ class GatheredMetas:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._by_name: dict[str, tuple[str, Metas]] = {}
+        self._holders: dict[str, set[int]] = {}
         self.shown: Metas = {}
         self.topology: dict[str, set[int]] = {}
 
@@ -45,6 +49,10 @@ class GatheredMetas:
             self._check_without(lost, name, metas)
         mine = metas[self._rank].epoch
         self._by_name[name] = (mine, metas)
+        self._holders.pop(name, None)
+        self._holders[name] = {rank for rank, held in metas.items() if held.tensor_count}
+        while len(self._holders) > REMEMBERED:
+            del self._holders[next(iter(self._holders))]
         self.show(metas)
 
     def _check_without(self, lost: dict[int, str], name: str, metas: Metas) -> None:
@@ -68,6 +76,7 @@ class GatheredMetas:
         self.shown, self.topology = metas, topology(metas)
 
     def forget(self, name: str) -> None:
+        """Its metas; a rank that asks for an update all the same knows whom to tell that it cannot."""
         self._by_name.pop(name, None)
 
     def members(self, name: str, wanted: Sequence[int]) -> tuple[int, ...]:
@@ -76,8 +85,7 @@ class GatheredMetas:
         Raises:
             ConfigError: this rank is none of them.
         """
-        _, metas = self._by_name.get(name, ("", {}))
-        members = sorted({*wanted, *(rank for rank, held in metas.items() if held.tensor_count)})
+        members = sorted({*wanted, *self._holders.get(name, ())})
         if self._rank not in members:
             raise ConfigError(
                 f"ranks={list(wanted)}: rank {self._rank} is not among them and holds nothing of {name!r}: "

@@ -38,7 +38,7 @@ from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, pl
 from ckpt_engine.transport.control import error_of
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
-from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession
+from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession, purpose_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,17 +183,17 @@ class ParameterServer:
             UpdateError: a rank did not come, or could not register its share; the same on every rank.
         """
         deadline = deadline_of(timeout)
-        members = self._in_range(ranks)
+        purpose = f"gather_metas({checkpoint_name!r})"
+        members = self._in_range(ranks, purpose)
         if self.rank not in members:
             raise ConfigError(f"ranks={members}: rank {self.rank} is not among them: it must not gather")
         me = self._rank(deadline)
         held = self._held(checkpoint_name)
-        round_ = me.control.open_round(members)
+        round_ = me.control.open_round(purpose, members)
         try:
             if checkpoint_name in self._failed:
                 raise error_of(self._failed[checkpoint_name])
             blobs = round_.exchange(
-                f"gather_metas({checkpoint_name!r})",
                 metas_to_json({self.rank: self._metas_of(held)}),
                 deadline,
                 without_lost=ranks is None,
@@ -249,7 +249,7 @@ class ParameterServer:
             PublishError: it did, but `req_func` failed.
             UnknownCheckpointError: not gathered since it was registered.
         """
-        wanted = self._in_range(ranks)
+        wanted = self._in_range(ranks, purpose_of(checkpoint_name))
         members = self._gathered.members(checkpoint_name, wanted)
         deadline = deadline_of(timeout)
         session = UpdateSession(
@@ -280,7 +280,7 @@ class ParameterServer:
         metas, digest = self._gathered.of(checkpoint_name, held.epoch if held else "", self._registry.names())
         return held, metas, digest
 
-    def _in_range(self, ranks: Sequence[int] | None) -> list[int]:
+    def _in_range(self, ranks: Sequence[int] | None, purpose: str) -> list[int]:
         """The ranks, sorted; None or empty: all.
 
         Raises:
@@ -291,9 +291,8 @@ class ParameterServer:
             return wanted
         mistake = ConfigError(f"ranks={list(ranks or [])}: must be from 0 to {self.world_size - 1}")
         if self._me is not None:
-            round_ = self._me.control.open_round()
-            round_.abort(ErrorRecord.from_exception(mistake, rank=self.rank, stage="begin"))
-            round_.leave()
+            record = ErrorRecord.from_exception(mistake, rank=self.rank, stage="begin")
+            self._me.control.tell_mistake(purpose, record)
         raise mistake
 
     def _held(self, checkpoint_name: str) -> HostCheckpoint | None:

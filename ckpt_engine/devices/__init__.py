@@ -11,7 +11,7 @@ from ckpt_engine.devices.base import Device, MappedRing, Ring, RingMemory, Stagi
 from ckpt_engine.devices.cpu import CpuDevice, SharedRing, cpu_uuid
 from ckpt_engine.devices.handles import CudaRing, RingHandle, SharedMemoryRing
 from ckpt_engine.errors import ConfigError, ProtocolError
-from ckpt_engine.settings import Settings
+from ckpt_engine.settings import Settings, load_settings
 
 __all__ = [
     "CpuDevice",
@@ -28,6 +28,7 @@ __all__ = [
     "map_ring",
     "open_shared_ring",
     "synchronize_stream",
+    "worker_uuid",
 ]
 
 
@@ -66,6 +67,22 @@ def make_device(name: str | None, settings: Settings, index: int) -> Device:
     from ckpt_engine.devices.cuda import CudaDevice
 
     return CudaDevice(settings, index)
+
+
+def worker_uuid(device_id: int, kind: str | None = None) -> str:
+    """The key of an engine worker's own device, to give to `serve_update`.
+
+    Args:
+        device_id: the worker's own index of it; on CPU CKPT_ENGINE_CPU_DEVICES maps it to the host's.
+        kind: `cuda` or `cpu`, or None to detect.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    settings = load_settings()
+    if detect_device(kind) == "cpu":
+        return cpu_uuid(settings, device_id)
+    return make_device(kind, settings, device_id).uuid()
 
 
 def map_ring(handle: RingHandle, descriptors: list[int], device_id: int | None) -> MappedRing:

@@ -33,7 +33,7 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.transport import control_messages as messages
 from ckpt_engine.transport.bootstrap import MeetingPoint
-from ckpt_engine.transport.control_messages import FrameBuffer, RoundKey, Verdict
+from ckpt_engine.transport.control_messages import FrameBuffer, Verdict
 from ckpt_engine.transport.control_server import BEAT_SECONDS, ControlServer
 
 __all__ = ["Control", "Round", "Verdict", "error_of"]
@@ -68,8 +68,9 @@ class Control:
         self.world_size = world_size
         self.store = meeting_point.store
         self._stall = stall_seconds
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._rounds: dict[RoundKey, Round] = {}
+        self._calls = 0
+        self._by_call: dict[int, Round] = {}
+        self._by_number: dict[int, Round] = {}
         self._lost: str | None = None
         self._news = threading.Condition()
         self._sending = threading.Lock()
@@ -114,19 +115,25 @@ class Control:
         sock.settimeout(self._stall)
         return sock
 
-    def open_round(self, members: Sequence[int] | None = None) -> Round:
-        """The next round of `members` (default: all ranks). Members count alike: the n-th call with the
-        same members is the same call on each of them.
+    def open_round(
+        self, purpose: str, members: Sequence[int] | None = None, *, decides: bool = False
+    ) -> Round:
+        """A call of this rank, that meets those of the other `members` (default: all ranks).
 
-        A rank that comes late to a round that was given up finds its verdict there, and raises it. A rank
-        that left out a call in which the others waited for it meets them in the next one.
+        Args:
+            purpose: what this rank is doing; all members must be doing the same.
+            decides: the round ends with a vote of all.
         """
         ranks = tuple(range(self.world_size)) if members is None else tuple(sorted(set(members)))
-        number = self._numbers[ranks] = self._numbers.get(ranks, 0) + 1
-        round_ = Round(self, RoundKey(ranks, number))
         with self._news:
-            self._rounds[round_.key] = round_
+            self._calls += 1
+            round_ = self._by_call[self._calls] = Round(self, self._calls, purpose, ranks, decides)
         return round_
+
+    def tell_mistake(self, purpose: str, record: ErrorRecord) -> None:
+        """Tells the ranks that wait for this one in such a call that it cannot come: it was called wrong."""
+        with contextlib.suppress(PeerLost):
+            self.send(messages.Mistake(purpose, record.travelling()))
 
     @property
     def lost(self) -> str | None:
@@ -137,13 +144,12 @@ class Control:
         """Says goodbye. Rank 0 first waits for the others to have read the last verdict. Idempotent."""
         if self._closing:
             return
+        self._closing = True
+        with contextlib.suppress(UpdateError):
+            self.send(messages.Goodbye())
         if self._server is not None:
             with contextlib.suppress(OSError):
                 self._server.close(EXIT_SECONDS)
-        else:
-            with contextlib.suppress(UpdateError):
-                self.send(messages.Goodbye())
-        self._closing = True
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._thread.join()
@@ -171,12 +177,7 @@ class Control:
         """Waits until the round met, was decided, or the server is lost; False at the deadline."""
         with self._news:
             return self._news.wait_for(
-                lambda: (
-                    round_.met is not None
-                    or round_.verdict is not None
-                    or round_.moved is not None
-                    or self._lost is not None
-                ),
+                lambda: round_.met is not None or round_.verdict is not None or self._lost is not None,
                 deadline.remaining,
             )
 
@@ -186,17 +187,10 @@ class Control:
                 lambda: round_.verdict is not None or self._lost is not None, deadline.remaining
             )
 
-    def move(self, round_: Round, number: int) -> None:
-        """Makes `round_` the `number`-th of its members."""
-        with self._news:
-            self._rounds.pop(round_.key, None)
-            round_.key, round_.moved = RoundKey(round_.key.members, number), None
-            self._rounds[round_.key] = round_
-            self._numbers[round_.key.members] = number
-
     def forget(self, round_: Round) -> None:
         with self._news:
-            self._rounds.pop(round_.key, None)
+            self._by_call.pop(round_.call, None)
+            self._by_number.pop(round_.number, None)
 
     # The thread that listens
 
@@ -231,59 +225,57 @@ class Control:
                         self.send(messages.Beat())
 
     def _take(self, message: messages.ServerFrame) -> None:
-        if not isinstance(message, messages.Met | messages.Decided | messages.Moved):
-            return
         with self._news:
-            round_ = self._rounds.get(message.round)
-            if round_ is None:
-                return
-            if isinstance(message, messages.Met):
-                round_.met = message
-            elif isinstance(message, messages.Moved):
-                round_.moved = message.number
-            else:
-                round_.verdict = message.verdict
-                round_.wake()
-            self._news.notify_all()
+            if isinstance(message, messages.Entered):
+                if (round_ := self._by_call.get(message.call)) is not None:
+                    round_.number = message.round
+                    self._by_number[message.round] = round_
+            elif isinstance(message, messages.Met | messages.Decided):
+                if (round_ := self._by_number.get(message.round)) is None:
+                    return
+                if isinstance(message, messages.Met):
+                    round_.met = message
+                else:
+                    round_.verdict = message.verdict
+                    round_.wake()
+                self._news.notify_all()
 
     def _lose(self, reason: str) -> None:
         with self._news:
             if self._lost is None and not self._closing:
                 self._lost = reason
-            for round_ in self._rounds.values():
+            for round_ in self._by_call.values():
                 round_.wake()
             self._news.notify_all()
 
 
 class Round:
-    """One meeting of some ranks."""
+    """One meeting of some ranks. `number`: the same on all, and unlike any other's; 0 until it is known."""
 
-    def __init__(self, control: Control, key: RoundKey) -> None:
-        self.key = key
+    def __init__(
+        self, control: Control, call: int, purpose: str, members: tuple[int, ...], decides: bool
+    ) -> None:
+        self.call = call
+        self.number = 0
+        self.purpose = purpose
+        self.members = members
         self.met: messages.Met | None = None
         self.verdict: Verdict | None = None
-        self.moved: int | None = None
         self._control = control
+        self._decides = decides
         self._voted = False
         self._wake_read = self._wake_write = -1
 
     @property
-    def members(self) -> tuple[int, ...]:
-        return self.key.members
-
-    @property
     def name(self) -> str:
         """Unique among all rounds of all members; known once they have met."""
-        assert self.met is not None
-        return str(self.met.serial)
+        assert self.number
+        return str(self.number)
 
-    def exchange(
-        self, purpose: str, payload: bytes, deadline: Deadline, *, without_lost: bool = False
-    ) -> dict[int, bytes]:
+    def exchange(self, payload: bytes, deadline: Deadline, *, without_lost: bool = False) -> dict[int, bytes]:
         """What every member brought, by rank.
 
         Args:
-            purpose: what this rank is doing; all members must be doing the same.
             payload: any bytes.
             without_lost: meet without members that are gone, instead of giving up.
 
@@ -293,23 +285,19 @@ class Round:
             UpdateError: a member gave the round up, or members disagree about the purpose.
         """
         packed = zlib.compress(payload, 1)
-        self._control.send(messages.Enter(self.key, purpose, packed, without_lost))
-        arrived = self._control.wait(self, deadline)
-        while arrived and self.moved is not None:
-            self._control.move(self, self.moved)
-            self._control.send(messages.Enter(self.key, purpose, packed, without_lost))
-            arrived = self._control.wait(self, deadline)
-        if not arrived:
-            record = ErrorRecord(
-                error_type="UpdateTimeout", message=f"waited for all ranks in {purpose}", stage="begin"
-            )
+        self._control.send(
+            messages.Enter(self.call, self.members, self.purpose, packed, without_lost, self._decides)
+        )
+        if not self._control.wait(self, deadline):
+            message = f"waited for all ranks in {self.purpose}"
+            record = ErrorRecord(error_type="UpdateTimeout", message=message, stage="begin")
             raise error_of(self._decided_against(record))
         self._raise_verdict()
         if self.met is None:
             raise self._control.gone()
         return {
             rank: zlib.decompress(blob)
-            for rank, blob in zip(self.key.members, self.met.payloads, strict=True)
+            for rank, blob in zip(self.members, self.met.payloads, strict=True)
             if blob is not None
         }
 
@@ -357,7 +345,7 @@ class Round:
     def vote(self, version: str) -> None:
         """This rank is finished; the last vote decides."""
         self._voted = True
-        self._control.send(messages.Vote(self.key, version))
+        self._control.send(messages.Vote(self.call, version))
 
     def abort(self, record: ErrorRecord) -> Verdict:
         """Decides against, unless it is decided already; returns what was decided.
@@ -367,7 +355,9 @@ class Round:
         """
         if self.verdict is None:
             with contextlib.suppress(PeerLost):
-                self._control.send(messages.Abandon(self.key, record.travelling()))
+                self._control.send(
+                    messages.Abandon(self.call, self.members, self.purpose, record.travelling())
+                )
                 self._control.wait_for_verdict(self, Deadline.after(ANSWER_SECONDS))
         if self.verdict is not None:
             return self.verdict
@@ -385,7 +375,7 @@ class Round:
         """This rank has learnt all it needs of this round. Idempotent."""
         self._control.forget(self)
         with contextlib.suppress(PeerLost):
-            self._control.send(messages.Left(self.key))
+            self._control.send(messages.Left(self.call))
         for fd in (self._wake_read, self._wake_write):
             if fd >= 0:
                 os.close(fd)

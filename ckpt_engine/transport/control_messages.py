@@ -3,15 +3,18 @@
     rank                               control server (in rank 0's process)
       Join(token)                  ->
                                    <-  Welcome
-      Enter(round, what it brings) ->
-                                   <-  Met(what all brought)
-      Vote(round)                  ->
-      Abandon(round, why)          ->
+      Enter(call, what it brings)  ->
+                                   <-  Entered(call, round)
+                                   <-  Met(round, what all brought)
+      Vote(call)                   ->
+      Abandon(call, why)           ->
                                    <-  Decided(round, verdict)     to every member, once
-      Left(round)                  ->                              it has learnt all it needs
+      Left(call)                   ->                              it has learnt all it needs
+      Mistake(why)                 ->                              a call that nobody can meet
       Beat                         <-> Beat                        silence is death
       Goodbye                      ->
 
+A rank numbers its calls, the server the rounds in which they meet.
 A frame is its length (4 bytes, little endian) and a msgpack document.
 """
 
@@ -44,13 +47,6 @@ class Verdict:
         return self.record is None
 
 
-class RoundKey(msgspec.Struct, frozen=True, array_like=True):
-    """The `number`-th round of these `members` (ranks, sorted)."""
-
-    members: tuple[int, ...]
-    number: int
-
-
 class _Frame(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
     pass
 
@@ -63,26 +59,38 @@ class Join(_Frame, frozen=True):
 
 
 class Enter(_Frame, frozen=True):
-    """`without_lost`: the round may meet without members that are gone."""
+    """`members`: ranks, sorted; `purpose`: what they do, alike on all; `without_lost`: they may meet without
+    members that are gone; `decides`: they will vote."""
 
-    round: RoundKey
+    call: int
+    members: tuple[int, ...]
     purpose: str
     payload: bytes
     without_lost: bool
+    decides: bool
 
 
 class Vote(_Frame, frozen=True):
-    round: RoundKey
+    call: int
     version: str
 
 
 class Abandon(_Frame, frozen=True):
-    round: RoundKey
+    """With `members` and `purpose`, since a rank may give up a call before it enters."""
+
+    call: int
+    members: tuple[int, ...]
+    purpose: str
     record: ErrorRecord
 
 
 class Left(_Frame, frozen=True):
-    round: RoundKey
+    call: int
+
+
+class Mistake(_Frame, frozen=True):
+    purpose: str
+    record: ErrorRecord
 
 
 class Beat(_Frame, frozen=True):
@@ -97,29 +105,28 @@ class Welcome(_Frame, frozen=True):
     pass
 
 
-class Met(_Frame, frozen=True):
-    """`payloads` by member (None: gone); `serial` grows with every round of any members."""
+class Entered(_Frame, frozen=True):
+    """The call belongs to this round. Numbers grow, over rounds of any members."""
 
-    round: RoundKey
-    serial: int
+    call: int
+    round: int
+
+
+class Met(_Frame, frozen=True):
+    """`payloads` by member (None: gone); `lost`: members that are gone, and why."""
+
+    round: int
     payloads: tuple[bytes | None, ...]
     lost: dict[int, str]
 
 
 class Decided(_Frame, frozen=True):
-    round: RoundKey
+    round: int
     verdict: Verdict
 
 
-class Moved(_Frame, frozen=True):
-    """The rank missed this round and the ones after it; the others are in the `number`-th one now."""
-
-    round: RoundKey
-    number: int
-
-
-RankFrame = Join | Enter | Vote | Abandon | Left | Beat | Goodbye
-ServerFrame = Welcome | Met | Decided | Moved | Beat
+RankFrame = Join | Enter | Vote | Abandon | Left | Mistake | Beat | Goodbye
+ServerFrame = Welcome | Entered | Met | Decided | Beat
 
 _NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _ENCODER = msgspec.msgpack.Encoder()

@@ -1,8 +1,8 @@
 """The control server: one thread in rank 0's process, where ranks meet and rounds are decided.
 
-Being one thread it serialises every write, so a round is decided once: by the last vote, or by the first
-error, whatever comes first. A rank whose connection ends, or that is not heard for `stall_seconds`, is
-*lost*: the rounds it has a part in are decided against, at once, by name.
+Being one thread it serialises every write, so a round (`rounds`) is decided once: by the last vote, or by
+the first error, whatever comes first. A rank whose connection ends, or that is not heard for `stall_seconds`,
+is *lost*: the rounds it has a part in are decided against, at once, by name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import socket
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
-from ckpt_engine.errors import ErrorRecord, ProtocolError
+from ckpt_engine.errors import ProtocolError
 from ckpt_engine.transport import control_messages as messages
-from ckpt_engine.transport.control_messages import FrameBuffer, RoundKey, Verdict
+from ckpt_engine.transport.control_messages import FrameBuffer
+from ckpt_engine.transport.rounds import Rounds
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +39,6 @@ class _Client:
     out: deque[memoryview] = field(default_factory=deque)
 
 
-@dataclass(eq=False)
-class _Round:
-    key: RoundKey
-    purpose: str | None = None
-    without_lost: bool = False
-    brought: dict[int, bytes] = field(default_factory=dict)
-    entered: set[int] = field(default_factory=set)
-    met: bool = False
-    missing: set[int] = field(default_factory=set)
-    votes: set[int] = field(default_factory=set)
-    left: set[int] = field(default_factory=set)
-    verdict: Verdict | None = None
-
-
 class ControlServer:
     """Serves `world_size` ranks until closed."""
 
@@ -63,9 +51,7 @@ class ControlServer:
         self.port: int = self._listener.getsockname()[1]
         self._clients: dict[int, _Client] = {}
         self._strangers: set[_Client] = set()
-        self._lost: dict[int, str] = {}
-        self._rounds: dict[RoundKey, _Round] = {}
-        self._serial = 0
+        self._rounds = Rounds(self._tell)
         self._beaten = time.monotonic()
         self._idle = threading.Condition()
         self._closing = False
@@ -79,19 +65,12 @@ class ControlServer:
     def close(self, patience: float) -> None:
         """Waits, `patience` seconds at most, until every rank knows how its rounds ended; then ends."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._open_rounds(), patience)
+            self._idle.wait_for(lambda: not self._rounds.waiting(), patience)
             self._closing = True
         os.write(self._wake_write, b"x")
         self._thread.join()
         os.close(self._wake_read)
         os.close(self._wake_write)
-
-    def _open_rounds(self) -> bool:
-        return any(self._waiting(round_) for round_ in list(self._rounds.values()))
-
-    def _waiting(self, round_: _Round) -> bool:
-        """Whether a rank that is still there has yet to learn, or to say that it learnt, how this ended."""
-        return any(rank not in round_.left and rank in self._clients for rank in tuple(round_.entered))
 
     # The thread
 
@@ -151,6 +130,7 @@ class ControlServer:
         for client in list(self._strangers):
             if now - client.heard > JOIN_SECONDS:
                 self._drop(client, "")
+        self._rounds.look_at_the_clock()
         if now - self._beaten >= BEAT_SECONDS:
             self._beaten = now
             for client in list(self._clients.values()):
@@ -191,14 +171,16 @@ class ControlServer:
         if client.rank is None or self._clients.get(client.rank) is not client:
             return
         del self._clients[client.rank]
-        self._lost[client.rank] = reason
         logger.info("control server: rank %d is lost: %s", client.rank, reason)
-        for round_ in list(self._rounds.values()):
-            if client.rank in round_.key.members:
-                self._consider(round_)
-                self._forget_if_over(round_)
+        self._rounds.lose(client.rank, reason)
 
-    # Rounds
+    def _tell(self, ranks: Iterable[int], message: messages.ServerFrame) -> None:
+        frame = messages.encode_frame(message)
+        for rank in ranks:
+            if (client := self._clients.get(rank)) is not None:
+                self._send_bytes(client, frame)
+
+    # What ranks say
 
     def _take(self, client: _Client, message: messages.RankFrame) -> None:
         if isinstance(message, messages.Join):
@@ -207,128 +189,29 @@ class ControlServer:
             raise ProtocolError(f"{type(message).__name__} before Join")
         elif isinstance(message, messages.Goodbye):
             self._drop(client, "it has closed its parameter server")
-        elif isinstance(message, messages.Enter | messages.Vote | messages.Abandon | messages.Left):
-            self._take_of_round(client, client.rank, message)
+        elif isinstance(message, messages.Enter):
+            self._rounds.enter(client.rank, message)
+        elif isinstance(message, messages.Vote):
+            self._rounds.vote(client.rank, message)
+        elif isinstance(message, messages.Abandon):
+            self._rounds.abandon(client.rank, message)
+        elif isinstance(message, messages.Left):
+            self._rounds.leave(client.rank, message)
+        elif isinstance(message, messages.Mistake):
+            self._rounds.mistake(client.rank, message)
 
     def _join(self, client: _Client, join: messages.Join) -> None:
         if not hmac.compare_digest(join.token.encode(), self._token.encode()):
             raise ProtocolError("a connection with another token")
         if join.protocol != messages.CONTROL_PROTOCOL or not 0 <= join.rank < self._world_size:
             raise ProtocolError(f"rank {join.rank} of another world or version (pid {join.pid})")
-        if join.rank in self._clients or join.rank in self._lost:
+        if join.rank in self._clients or join.rank in self._rounds.lost:
             raise ProtocolError(f"a second rank {join.rank} (pid {join.pid})")
         client.rank = join.rank
         client.frames.limit = messages.MAX_FRAME_NBYTES
         self._strangers.discard(client)
         self._clients[join.rank] = client
         self._send(client, messages.Welcome())
-
-    def _take_of_round(
-        self,
-        client: _Client,
-        rank: int,
-        message: messages.Enter | messages.Vote | messages.Abandon | messages.Left,
-    ) -> None:
-        if rank not in message.round.members:
-            raise ProtocolError(f"rank {rank} is no member of its round {message.round}")
-        round_ = self._rounds.setdefault(message.round, _Round(message.round))
-        first = rank not in round_.entered
-        round_.entered.add(rank)
-        if isinstance(message, messages.Left):
-            round_.left.add(rank)
-            self._forget_if_over(round_)
-            return
-        if round_.verdict is not None:
-            if first and isinstance(message, messages.Enter) and self._move(client, rank, message):
-                return
-            if first or isinstance(message, messages.Abandon):
-                # Late: it learns what was decided without it, or that another's error came first.
-                self._send(client, messages.Decided(round_.key, round_.verdict))
-            return
-        if isinstance(message, messages.Abandon):
-            self._decide(round_, Verdict(record=self._with_missing(round_, message.record)))
-        elif isinstance(message, messages.Vote):
-            round_.votes.add(rank)
-            if round_.votes == set(round_.key.members):
-                self._decide(round_, Verdict(version=message.version))
-        else:
-            if round_.purpose is not None and round_.purpose != message.purpose:
-                problem = f"rank {rank} does {message.purpose}, another rank {round_.purpose}"
-                self._decide(round_, _against("ProtocolError", f"ranks are not doing the same: {problem}"))
-                return
-            round_.purpose, round_.without_lost = message.purpose, message.without_lost
-            round_.brought[rank] = message.payload
-            self._consider(round_)
-
-    def _move(self, client: _Client, rank: int, enter: messages.Enter) -> bool:
-        """Takes a rank for which the others waited in vain to where they are now, doing what it does.
-
-        Such a rank left a call out, for an error of its own, and would be behind for ever. One that is late
-        for something else stays: it is to learn how that ended.
-        """
-        missed = enter.round
-        alike = [round_ for round_ in self._rounds.values() if round_.key.members == missed.members]
-        newest = max(alike, key=lambda round_: round_.key.number)
-        if rank not in self._rounds[missed].missing or newest.key == missed:
-            return False
-        if newest.verdict is None and newest.purpose != enter.purpose:
-            return False
-        for round_ in alike:
-            if missed.number <= round_.key.number < newest.key.number:
-                round_.left.add(rank)
-                self._forget_if_over(round_)
-        self._send(client, messages.Moved(missed, newest.key.number))
-        return True
-
-    def _forget_if_over(self, round_: _Round) -> None:
-        if set(round_.key.members) <= round_.left | self._lost.keys():
-            self._rounds.pop(round_.key, None)
-
-    def _with_missing(self, round_: _Round, record: ErrorRecord) -> ErrorRecord:
-        """Only the server knows for whom a rank waited in vain."""
-        missing = set(round_.key.members) - round_.brought.keys()
-        if round_.met or not missing or record.error_type != "UpdateTimeout":
-            return record
-        round_.missing = missing
-        return replace(record, message=f"{record.message}: ranks {sorted(missing)} did not arrive")
-
-    def _consider(self, round_: _Round) -> None:
-        """Lets the members meet if all that can come have come, or gives up if one that must is lost."""
-        if round_.verdict is not None:
-            return
-        members = set(round_.key.members)
-        lost = (members & self._lost.keys()) - round_.left
-        if lost and (round_.met or round_.purpose is not None) and not round_.without_lost:
-            rank = min(lost)
-            what = "left" if "closed its parameter server" in self._lost[rank] else "died or stopped"
-            record = _against("PeerLost", f"rank {rank} {what}: {self._lost[rank]}")
-            self._decide(round_, record)
-        elif not round_.met and round_.brought and members <= round_.brought.keys() | lost:
-            round_.met = True
-            self._serial += 1
-            payloads = tuple(round_.brought.get(rank) for rank in round_.key.members)
-            frame = messages.encode_frame(
-                messages.Met(
-                    round_.key, self._serial, payloads, {rank: self._lost[rank] for rank in sorted(lost)}
-                )
-            )
-            round_.brought.clear()
-            self._tell(round_, frame)
-
-    def _decide(self, round_: _Round, verdict: Verdict) -> None:
-        round_.verdict = verdict
-        round_.brought.clear()
-        self._tell(round_, messages.encode_frame(messages.Decided(round_.key, verdict)))
-
-    def _tell(self, round_: _Round, frame: bytes) -> None:
-        for rank in sorted(round_.entered):
-            client = self._clients.get(rank)
-            if client is not None and rank not in round_.left:
-                self._send_bytes(client, frame)
-
-
-def _against(error_type: str, message: str) -> Verdict:
-    return Verdict(record=ErrorRecord(error_type=error_type, message=message))
 
 
 def _family(address: str) -> socket.AddressFamily:

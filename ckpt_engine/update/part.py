@@ -110,11 +110,11 @@ class Part:
 
 @contextmanager
 def at_work_on(item: PlannedBucket) -> Iterator[None]:
-    """Adds the bucket's name to an error that has no stage or bucket of its own."""
+    """Adds the bucket's name to an error of the buckets that has none of its own."""
     try:
         yield
     except UpdateError as error:
-        if error.record.stage or error.record.bucket is not None:
+        if error.record.stage not in ("", "buckets") or error.record.bucket is not None:
             raise
         record = replace(error.record, stage="buckets", bucket=item.index, tensors=item.names())
         raise type(error)(record, touched=error.touched) from error

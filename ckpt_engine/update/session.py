@@ -51,6 +51,11 @@ Progress = Callable[[int, int], object]
 """Called with (bytes given back by this rank's worker, bytes in all)."""
 
 
+def purpose_of(checkpoint_name: str) -> str:
+    """What ranks must be doing alike."""
+    return f"update({checkpoint_name!r})"
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class UpdateReport:
     """A committed update, as this rank saw it. `nbytes`: of all tensors; `stages`: seconds of each."""
@@ -103,7 +108,7 @@ class UpdateSession:
             PublishError: it did, but `req_func` failed.
         """
         with ExitStack() as ending:
-            round_ = self.me.control.open_round(self.members)
+            round_ = self.me.control.open_round(purpose_of(self.checkpoint_name), self.members, decides=True)
             ending.callback(round_.leave)
             ending.callback(self._close)
             interrupt: BaseException | None = None
@@ -146,7 +151,7 @@ class UpdateSession:
         self._channel = channel
         self._links = HostLinks(me.directory.peer_path, me.rank, self._reactor)
         mine = msgspec.json.encode(introduce(me, channel.handle, digest))
-        blobs = round_.exchange(f"update({self.checkpoint_name!r})", mine, self.deadline)
+        blobs = round_.exchange(mine, self.deadline)
         self._met = True
         wake = round_.watch()
         self._reactor.add(wake, lambda: self._on_verdict(round_, wake))

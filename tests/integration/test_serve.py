@@ -240,6 +240,22 @@ def test_names_that_are_wrong(ranks: Ranks, engines: list[str], checkpoint: Path
     assert ranks.ask("DELETE", "/checkpoints/twice", params=ALL).status_code == 200
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_wrong_call_of_one_rank_alone_disturbs_no_later_one(
+    ranks: Ranks, engines: list[str], checkpoint: Path, rank: int
+) -> None:
+    ranks.hold("right", checkpoint)
+    ask = {"update_url": engines[0], "timeout": 30}
+    for name, options in (("wrong", {}), ("right", {"ranks": [7]}), ("wrong", {})):
+        answer = ranks.ask("POST", f"/checkpoints/{name}/update", rank, json=ask | options)
+        assert answer.status_code in (400, 404), answer.text
+    for _ in range(2):
+        answer = ranks.ask("POST", "/checkpoints/right/gather-metas", params=ALL, json={"timeout": 30})
+        assert answer.status_code == 200, answer.text
+        assert ranks.update("right", engines).status_code == 200
+    assert ranks.ask("DELETE", "/checkpoints/right", params=ALL).status_code == 200
+
+
 def test_a_share_that_cannot_be_read_leaves_nothing(ranks: Ranks, checkpoint: Path, tmp_path: Path) -> None:
     good = sorted(checkpoint.glob("*.safetensors"))
     cut = tmp_path / "cut.safetensors"

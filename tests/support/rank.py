@@ -99,16 +99,20 @@ class Rank:
     def save(self) -> None:
         (self.out / f"rank-{self.ps.rank}.json").write_text(json.dumps(self.results))
 
+    def together(self, what: str) -> None:
+        """Waits until all ranks are here, by other means than those that are tested."""
+        here = [self.out / f"{what}-{rank}" for rank in range(self.ps.world_size)]
+        here[self.ps.rank].touch()
+        deadline = Deadline.after(TIMEOUT)
+        while not all(file.exists() for file in here):
+            assert not deadline.passed, what
+            time.sleep(0.01)
+
     def skip_a_call(self, name: str) -> None:
         """The last rank leaves out an update that the others call; it goes on when they have given up."""
-        given_up = [self.out / f"given-up-by-{rank}" for rank in range(self.ps.world_size - 1)]
-        if self.ps.rank < len(given_up):
+        if self.ps.rank < self.ps.world_size - 1:
             self.record("skipped by one", self.update(name, timeout=3))
-            given_up[self.ps.rank].touch()
-        deadline = Deadline.after(TIMEOUT)
-        while not all(file.exists() for file in given_up):
-            assert not deadline.passed
-            time.sleep(0.01)
+        self.together("skipped")
 
     def update(
         self,
@@ -191,13 +195,12 @@ def main() -> None:
             me.record("engine answers 500", me.update("a", fails=str(broken)))
             me.record("after engine answers 500", me.update("a"))
             me.record("mistake of one", me.update("b", ranks=[99] if rank == size - 1 else None))
+            # The call that the others are still to make is not the next one of the rank that was wrong.
+            me.together("mistaken")
             me.record("after mistake of one", me.update("b"))
             if size > 1:
                 me.skip_a_call("b")
             me.record("after skipped by one", me.update("a"))
-            if me.results["after skipped by one"]["error"] == "UpdateTimeout":
-                # It came before the others were there again, and learnt that they had given up on it.
-                me.record("after skipped by one", me.update("a"))
             ps.unregister_checkpoint("b")
             me.record("unregistered", me.update("b"))
             ps.unregister_checkpoint("never there")

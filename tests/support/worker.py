@@ -20,6 +20,7 @@ import json
 import os
 import signal
 import sys
+from pathlib import Path
 
 import torch
 import zmq
@@ -81,6 +82,8 @@ def main() -> None:
                 act(fault["action"], f"bucket {seen}")
             if fault.get("kind") == "slow" and cuda:
                 torch.cuda._sleep(100_000_000)
+            if "progress" in fault:
+                Path(fault["progress"]).write_text(str(seen))
             for name, tensor in tensors:
                 load(name, tensor)
                 if fault.get("kind") == "writes":

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt_engine.devices import CpuDevice, SharedRing, cpu_uuid, make_device
+from ckpt_engine.devices import CpuDevice, SharedRing, cpu_uuid, make_device, worker_uuid
 from ckpt_engine.devices.handles import SharedMemoryRing
 from ckpt_engine.errors import ConfigError, HostMemoryError, ProtocolError
 from ckpt_engine.settings import Settings, load_settings
@@ -377,3 +377,12 @@ def test_the_cpu_says_what_it_is() -> None:
     source, target = torch.arange(100, dtype=torch.uint8), torch.zeros(100, dtype=torch.uint8)
     device.copy(target, source)
     assert torch.equal(target, source)
+
+
+def test_a_worker_has_the_key_of_its_parameter_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_HOST_ID", "h")
+    server_side = make_device("cpu", load_settings(), 3).uuid()
+    monkeypatch.setenv("CKPT_ENGINE_CPU_DEVICES", "2,3")  # the engine's side
+    assert worker_uuid(1, "cpu") == server_side == "CPU-h-3"
+    with pytest.raises(ConfigError, match="lists 2 devices"):
+        worker_uuid(2, "cpu")

@@ -74,12 +74,12 @@ class Fleet:
     def port(self) -> int:
         return port_of(self.controls[0])
 
-    def open_round(self, members: Sequence[int] | None = None) -> list[Round]:
+    def open_round(self, members: Sequence[int] | None = None, purpose: str = "meet") -> list[Round]:
         """The next round on every rank that is here; the last one is left."""
         for round_ in self.rounds:
             round_.leave()
         self.rounds = [
-            control.open_round(members)
+            control.open_round(purpose, members, decides=True)
             for control in self.controls
             if members is None or control.rank in members
         ]
@@ -94,14 +94,10 @@ class Fleet:
         futures = [self.start(act, place, round_) for place, round_ in enumerate(self.rounds)]
         return [future.result(LIMIT) for future in futures]
 
-    def exchange(
-        self, payloads: Sequence[bytes], purpose: str = "meet", *, without_lost: bool = False
-    ) -> list[dict[int, bytes]]:
+    def exchange(self, payloads: Sequence[bytes], *, without_lost: bool = False) -> list[dict[int, bytes]]:
         deadline = Deadline.after(LIMIT)
         return self.on_all(
-            lambda place, round_: round_.exchange(
-                purpose, payloads[place], deadline, without_lost=without_lost
-            )
+            lambda place, round_: round_.exchange(payloads[place], deadline, without_lost=without_lost)
         )
 
     def close(self) -> None:

@@ -22,15 +22,15 @@ class RankHere:
         return port_of(self.control)
 
     def exchange(self, payload: str) -> dict[int, str]:
-        self.round = self.control.open_round()
-        met = self.round.exchange("meet", payload.encode(), Deadline.after(LIMIT))
+        self.round = self.control.open_round("meet")
+        met = self.round.exchange(payload.encode(), Deadline.after(LIMIT))
         return {rank: data.decode() for rank, data in met.items()}
 
     def race(self, members: list[int], rounds: int) -> list[str]:
         """Aborts every round as soon as its members stand at the line; answers with what was decided."""
         decided = []
         for number in range(rounds):
-            round_ = self.control.open_round(members)
+            round_ = self.control.open_round("race", members)
             line = f"line-{number}"
             self.control.store.add(line, 1)
             while self.control.store.add(line, 0) < len(members):

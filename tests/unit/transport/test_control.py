@@ -24,14 +24,14 @@ from ckpt_engine.transport.control_server import JOIN_SECONDS
 SEED = 20261124
 
 
-def arrive(fleet: Fleet, rank: int, seconds: float = LIMIT, purpose: str = "meet") -> object:
+def arrive(fleet: Fleet, rank: int, seconds: float = LIMIT) -> object:
     """Starts to wait for the others, and returns the future once the server knows."""
     server = fleet.controls[0]._server
     assert server is not None
     round_ = fleet.rounds[rank]
-    future = fleet.start(round_.exchange, purpose, b"", Deadline.after(seconds))
+    future = fleet.start(round_.exchange, b"", Deadline.after(seconds))
     wait_until(
-        lambda: round_.key in server._rounds and rank in server._rounds[round_.key].brought,
+        lambda: round_.number and rank in server._rounds._rounds[round_.number].brought,
         f"rank {rank} to arrive",
     )
     return future
@@ -72,8 +72,8 @@ def test_a_rank_may_be_a_round_ahead(pair: Fleet) -> None:
     def both_rounds(control: Control) -> list[dict[int, bytes]]:
         learnt = []
         for number in "ab":
-            round_ = control.open_round()
-            learnt.append(round_.exchange("go", f"{control.rank}{number}".encode(), Deadline.after(LIMIT)))
+            round_ = control.open_round("go")
+            learnt.append(round_.exchange(f"{control.rank}{number}".encode(), Deadline.after(LIMIT)))
             round_.leave()
         return learnt
 
@@ -84,12 +84,15 @@ def test_a_rank_may_be_a_round_ahead(pair: Fleet) -> None:
 
 
 def test_ranks_that_do_different_things_are_told_so(three: Fleet) -> None:
-    three.open_round()
     purposes = ["update('a')", "update('a')", "gather('b')"]
+
+    three.rounds = [
+        control.open_round(purpose) for control, purpose in zip(three.controls, purposes, strict=True)
+    ]
 
     def meet(rank: int, round_: Round) -> str:
         with pytest.raises(UpdateError) as caught:
-            round_.exchange(purposes[rank], b"", Deadline.after(LIMIT))
+            round_.exchange(b"", Deadline.after(LIMIT))
         assert caught.value.record.error_type == "ProtocolError"
         return caught.value.record.message
 
@@ -108,7 +111,7 @@ def test_a_timeout_names_the_ranks_that_are_missing(
     # They wait much longer: whose deadline passes first must know, whoever it is.
     waiting = [arrive(three, rank) for rank in arrived]
     with pytest.raises(UpdateTimeout) as caught:
-        three.rounds[asker].exchange("meet", b"", Deadline.after(0.1))
+        three.rounds[asker].exchange(b"", Deadline.after(0.1))
     assert caught.value.record.message == f"waited for all ranks in meet: ranks {missing} did not arrive"
     for future in waiting:
         with pytest.raises(UpdateTimeout) as theirs:
@@ -134,7 +137,7 @@ def test_a_rank_that_comes_late_to_an_aborted_round_raises_its_record(pair: Flee
     rounds = pair.open_round()
     rounds[1 - late].abort(a_record("too late for you"))
     with pytest.raises(PeerLost, match="too late for you"):
-        rounds[late].exchange("meet", b"", Deadline.after(LIMIT))
+        rounds[late].exchange(b"", Deadline.after(LIMIT))
     pair.open_round()  # and the next round is a new one
     assert pair.exchange([b"a", b"b"]) == [{0: b"a", 1: b"b"}] * 2
 
@@ -148,7 +151,10 @@ def test_what_ranks_brought_is_not_kept(pair: Fleet) -> None:
     pair.open_round()[0].abort(a_record())
     for round_ in pair.rounds:
         round_.leave()
-    wait_until(lambda: not server._rounds, "the server to forget what every rank has left")
+    wait_until(
+        lambda: not server._rounds._rounds and not server._rounds._calls,
+        "the server to forget what every rank has left",
+    )
 
 
 # Coming
@@ -194,7 +200,7 @@ def join(rank: int, token: str) -> bytes:
         join(2, "guess"),
         join(2, ""),
         messages.encode_frame(messages.Goodbye()),
-        messages.encode_frame(messages.Abandon(messages.RoundKey((0, 1), 1), a_record("from nowhere"))),
+        messages.encode_frame(messages.Abandon(1, (0, 1), "meet", a_record("from nowhere"))),
     ],
     ids=["http", "large", "garbage", "wrong-token", "no-token", "goodbye", "abandon"],
 )
@@ -226,8 +232,8 @@ def test_rank_0_closes_once_the_others_know_how_the_round_ended(pair: Fleet, lef
     if not left:
         # Rank 1 has much to do before it leaves; it is served as before.
         for _ in range(50):
-            alone = pair.controls[1].open_round([1])
-            assert alone.exchange("alone", b"x", Deadline.after(LIMIT)) == {1: b"x"}
+            alone = pair.controls[1].open_round("alone", [1])
+            assert alone.exchange(b"x", Deadline.after(LIMIT)) == {1: b"x"}
             alone.leave()
         assert not closing.done()
         theirs.leave()

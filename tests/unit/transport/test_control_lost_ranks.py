@@ -20,7 +20,7 @@ STALL = 4.0
 def test_a_rank_that_closed_is_named_to_those_who_wait_for_it() -> None:
     with fleet_of(3) as three:
         rounds = three.open_round()
-        waiting = [three.start(rounds[rank].exchange, "meet", b"", Deadline.after(LIMIT)) for rank in (0, 2)]
+        waiting = [three.start(rounds[rank].exchange, b"", Deadline.after(LIMIT)) for rank in (0, 2)]
         three.controls[1].close()
         for future in waiting:
             with pytest.raises(PeerLost, match="rank 1 left: it has closed its parameter server"):
@@ -46,7 +46,7 @@ def test_a_killed_rank_is_noticed_at_once_wherever_the_round_stands(rank_process
         victim.ask("join", rank=1, size=2, port=fleet.port, stall=LIMIT)
         victim.tell("exchange", payload="b")
         (round_,) = fleet.open_round()
-        assert round_.exchange("meet", b"a", Deadline.after(LIMIT)) == {0: b"a", 1: b"b"}
+        assert round_.exchange(b"a", Deadline.after(LIMIT)) == {0: b"a", 1: b"b"}
         wake = round_.watch()
         round_.vote("1")
         assert victim.answer() == {"0": "a", "1": "b"}
@@ -60,7 +60,7 @@ def test_a_killed_rank_is_noticed_at_once_wherever_the_round_stands(rank_process
         assert "rank 1 died or stopped: its process ended or its connection broke" in verdict.record.message
         (after,) = fleet.open_round()
         with pytest.raises(PeerLost, match="rank 1 died"):
-            after.exchange("meet", b"", Deadline.after(LIMIT))
+            after.exchange(b"", Deadline.after(LIMIT))
 
 
 def test_a_stopped_rank_is_lost_once_it_has_been_silent_for_the_limit(rank_processes: Take) -> None:
@@ -73,7 +73,7 @@ def test_a_stopped_rank_is_lost_once_it_has_been_silent_for_the_limit(rank_proce
             with pytest.raises(
                 PeerLost, match=r"rank 1 died or stopped: it has not been heard for \d+\.\d s"
             ):
-                round_.exchange("meet", b"", Deadline.after(LIMIT))
+                round_.exchange(b"", Deadline.after(LIMIT))
         finally:
             victim.kill(signal.SIGCONT)
         # It learns that it was given up.
@@ -90,8 +90,8 @@ def test_without_rank_0_only_a_rank_that_has_voted_does_not_know_the_outcome(
     port = server.ask("join", rank=0, size=2, port=0, stall=LIMIT)
     control = make_control(1, 2, port)
     server.tell("exchange", payload="a")
-    round_ = control.open_round()
-    assert round_.exchange("meet", b"b", Deadline.after(LIMIT)) == {0: b"a", 1: b"b"}
+    round_ = control.open_round("meet")
+    assert round_.exchange(b"b", Deadline.after(LIMIT)) == {0: b"a", 1: b"b"}
     wake = round_.watch()
     if voted:
         round_.vote("1")
@@ -109,7 +109,7 @@ def test_without_rank_0_only_a_rank_that_has_voted_does_not_know_the_outcome(
         assert round_.abort(record).record == record
     round_.leave()  # a rank that goes does not mind
     with pytest.raises(PeerLost, match=r"rank 0.* is gone"):
-        control.open_round().exchange("meet", b"", Deadline.after(LIMIT))
+        control.open_round("meet").exchange(b"", Deadline.after(LIMIT))
     control.close()
 
 
@@ -118,11 +118,11 @@ def test_a_stopped_rank_0_holds_nobody_for_longer_than_the_limit(rank_processes:
     control = make_control(1, 2, server.ask("join", rank=0, size=2, port=0, stall=LIMIT), STALL)
     server.kill(signal.SIGSTOP)
     try:
-        round_ = control.open_round()
+        round_ = control.open_round("meet")
         wake = round_.watch()
         started = time.monotonic()
         with pytest.raises(UpdateError, match=r"rank 0.* is gone: it has not been heard for \d+\.\d s"):
-            round_.exchange("meet", b"", Deadline.after(10 * LIMIT))
+            round_.exchange(b"", Deadline.after(10 * LIMIT))
         assert time.monotonic() - started < LIMIT
         assert readable(wake, 0)
         assert round_.abort(a_record()).record == a_record()
