@@ -287,8 +287,10 @@ class _Receiver:
             kind = type(error) if isinstance(error, UpdateError) else UpdateError
             raise kind(record, touched=self._touched) from error
         finally:
-            self._release()
-            self._connection.close()
+            try:
+                self._release()
+            finally:
+                self._connection.close()
 
     def _receive(self) -> WorkerReport:
         connection = self._connection

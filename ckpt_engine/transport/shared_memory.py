@@ -35,8 +35,9 @@ MAX_HELLO_NBYTES = 4096
 POLL_SECONDS = 0.05
 HELLO_SECONDS = 5.0
 """How long one who connects may take to say who it is: no other is accepted meanwhile."""
-REPLY_SECONDS = 30.0
-"""How long a rank that listens may take to answer: it may be busy with all others."""
+REPLY_SECONDS = 90.0
+"""How long a rank that listens may take to answer: it may be busy with all others, or forming groups, which
+may take a minute (`collectives`)."""
 
 logger = logging.getLogger(__name__)
 

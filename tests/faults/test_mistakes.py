@@ -15,6 +15,7 @@ from reports_for_fault_tests import MISTAKE_SECONDS
 from safetensors.torch import save_file
 from world_for_fault_tests import Fault, World, Worlds, failed_alike
 
+from ckpt_engine.checkpoint.safetensors_header import MAX_HEADER_NBYTES
 from tests.support.steered import Answer
 
 BUCKET = 9
@@ -85,12 +86,35 @@ def broken_files(directory: Path, kind: str) -> tuple[list[str], str, list[str]]
     if kind == "a name in two files":
         save_file({"twice": torch.zeros(3)}, other)
         return [one, other], "CheckpointFormatError", ["'twice'", one, other]
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1000], "data_offsets": [0, 4000]}}).encode()
-    Path(other).write_bytes(len(header).to_bytes(8, "little") + header + bytes(3996))
+    header, nbytes = LIES[kind]
+    with open(other, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(file.tell() + nbytes)
     return [one, other], "CheckpointFormatError", [other]
 
 
-@pytest.mark.parametrize("kind", ["a name in two files", "a header that lies"])
+def header_of(**entries: tuple[str, list[int], list[int]]) -> bytes:
+    return json.dumps(
+        {
+            name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+            for name, (dtype, shape, offsets) in entries.items()
+        }
+    ).encode()
+
+
+LIES: dict[str, tuple[bytes, int]] = {
+    "offsets past the end": (header_of(w=("F32", [1000], [0, 4000])), 3996),
+    "overlapping tensors": (header_of(v=("U8", [4], [0, 4]), w=("U8", [4], [2, 6])), 6),
+    "a negative size": (header_of(w=("U8", [-4], [0, 4])), 4),
+    "negative offsets": (header_of(w=("U8", [4], [-4, 0])), 4),
+    "a header over the limit": (b"{" + b" " * MAX_HEADER_NBYTES + b"}", 0),
+    "bad JSON": (b'{"w": ', 0),
+    "a name twice": (b'{"w": {}, "w": {}}', 0),
+    "an unknown dtype": (header_of(w=("U9", [4], [0, 4])), 4),
+}
+
+
+@pytest.mark.parametrize("kind", ["a name in two files", *LIES])
 def test_files_that_lie_are_known_to_all(world: World, tmp_path: Path, kind: str) -> None:
     """One rank's; the other finds out when they gather, instead of waiting."""
     seed = world.new_checkpoint()
