@@ -1,6 +1,29 @@
-"""The place of the NPU's identity and the worker extension for vllm-ascend.
+"""vllm-ascend's side: which NPU a process uses, and the worker extension that receives updates.
 
-Not in this version: there is no code here yet. Until there is, an engine's worker can receive updates
-by calling `ckpt_engine.ipc.receiver.serve_update` from a method that the engine can be asked to run;
-`ckpt_engine.embedded_engine.engine` does just that.
+vllm serve MODEL --worker-extension-cls ckpt_engine_ascend.NpuColocateWorkerExtension
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckpt_engine_ascend.identity import IdentityError, device_uuid
+
+_PLACES = {
+    "IdentityError": "identity",
+    "device_uuid": "identity",
+}
+
+__all__ = ["IdentityError", "device_uuid"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PLACES])

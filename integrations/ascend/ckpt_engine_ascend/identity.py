@@ -1,0 +1,273 @@
+"""Which NPU is this: the key that the parameter server and the engine's worker compute alike.
+
+    device_uuid(index)     # "NPU-10.0.0.7-5"
+
+The number is the chip's on its host (`npu_id * chips_per_npu + chip_id` on uniform machines, which is what
+the reference computes), so that both sides may run in different containers, and a fleet may mix. Ways to it:
+
+1. CKPT_ENGINE_DEVICE_UUID, as it is.
+2. `npu-smi info -t proc-mem` lists this very pid on a chip.
+3. `npu-smi info -m` says which chip has this process' logic id. Needed where npu-smi shows the host's pids
+   (privileged containers); where it shows ours, 2 and 3 must not contradict each other.
+
+Either the right key or an `IdentityError` with what npu-smi printed: a wrong one would send weights to
+another device's worker, or make an update wait for a worker that never comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckpt_engine.errors import ConfigError, DeviceError
+from ckpt_engine.settings import Settings, load_settings
+from ckpt_engine_ascend.npu_smi import Answer, Chip, NpuSmi
+
+logger = logging.getLogger(__name__)
+
+ALL_CALLS_SECONDS = 60.0
+"""How long all calls may take together; NPUs that were not asked by then count as silent."""
+_SHOWN_ANSWERS = 4
+_VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
+
+_WAYS_OUT = (
+    ("not found on PATH", "mount it (-v /usr/local/bin/npu-smi:/usr/local/bin/npu-smi, or /usr/local/sbin)"),
+    (
+        "error while loading shared libraries",
+        "mount /usr/local/dcmi and /usr/local/Ascend/driver/lib64, and put the latter's common and driver "
+        "folders on LD_LIBRARY_PATH",
+    ),
+    (
+        "-8005",
+        "load the driver, add the user to the driver's group (HwHiAiUser), mount /usr/local/dcmi, and see "
+        "that no other container holds the devices",
+    ),
+    ("-8002", "run as root in the container, or add the user to the driver's group (HwHiAiUser)"),
+    ("-8020", "another container holds the device: stop it, or switch device sharing on"),
+    ("does not support querying proc-mem", "this product lists no processes: name the device yourself"),
+    ("no end within", "npu-smi hangs: see whether it answers in a shell, and look at the driver's log"),
+)
+
+
+class IdentityError(DeviceError):
+    """It cannot be told which NPU this process uses; the message has npu-smi's output and the way out."""
+
+
+@dataclass(frozen=True)
+class _Hit:
+    """The process is listed there. `chip`: None where it is not clear which one of the NPU."""
+
+    npu_id: int
+    chip: Chip | None
+    megabytes: int
+
+    def __str__(self) -> str:
+        return f"NPU {self.npu_id} chip {self.chip.chip_id if self.chip else 'unknown'}"
+
+
+@dataclass
+class _Listed:
+    """Where a process is listed. `certain`: every NPU that answered did so completely. `chip_counts`: what
+    those that answered say of themselves."""
+
+    hits: list[_Hit] = field(default_factory=list)
+    certain: bool = True
+    chip_counts: dict[int, int] = field(default_factory=dict)
+
+
+def device_uuid(index: int | None = None, *, settings: Settings | None = None) -> str:
+    """`NPU-{ip}-{number}` of npu:`index`, or CKPT_ENGINE_DEVICE_UUID.
+
+    CKPT_ENGINE_HOST_ID takes the address' place where it is set. The process should have used the device:
+    npu-smi lists it only then. The answer is remembered.
+
+    Args:
+        index: torch's index of the device; None: the current one, where torch_npu has been initialised.
+
+    Raises:
+        IdentityError: it cannot be told.
+        ConfigError: ASCEND_RT_VISIBLE_DEVICES does not fit the index.
+    """
+    settings = settings or load_settings()
+    if settings.device_uuid:
+        return settings.device_uuid
+    index = _current_index() if index is None else index
+    logic_id = None if index is None else logic_id_of(index, os.environ)
+    key = (os.getpid(), logic_id)
+    if key not in _NUMBERS:
+        _NUMBERS[key] = chip_number(os.getpid(), logic_id, NpuSmi())
+    return f"NPU-{settings.host_id_override or host_ip()}-{_NUMBERS[key]}"
+
+
+_NUMBERS: dict[tuple[int, int | None], int] = {}
+"""(pid, logic id) -> the chip's number. The pid, because a child is not its parent."""
+
+
+def logic_id_of(index: int, environment: Mapping[str, str]) -> int:
+    """The container's number of torch's npu:`index`, as ASCEND_RT_VISIBLE_DEVICES orders them.
+
+    Raises:
+        ConfigError: the variable has no such place, or an order that CANN refuses.
+    """
+    value = environment.get(_VISIBLE)
+    if value is None:
+        return index
+    # CANN and torch_npu read up to the first character that is neither a digit nor a comma.
+    readable = value[
+        : next((at for at, char in enumerate(value) if not (char.isdigit() or char == ",")), None)
+    ]
+    ids: list[int] = []
+    for part in readable.split(","):
+        if not part:
+            break
+        ids.append(int(part))
+    if any(later <= earlier for earlier, later in itertools.pairwise(ids)):
+        raise ConfigError(f"{_VISIBLE}={value!r}: the ids must ascend, else CANN sees no device at all")
+    if not 0 <= index < len(ids):
+        raise ConfigError(f"{_VISIBLE}={value!r} names {len(ids)} devices; there is no npu:{index}")
+    return ids[index]
+
+
+def chip_number(pid: int, logic_id: int | None, smi: NpuSmi) -> int:
+    """The host's number of the chip that process `pid`, on its container's device `logic_id`, uses.
+
+    Raises:
+        IdentityError: it cannot be told for certain.
+    """
+    chips = smi.chips()
+    if not chips:
+        raise _error(pid, logic_id, "npu-smi lists no NPU", smi.useless)
+    numbers = _numbers(chips)
+    own = next((chip for chip in chips if logic_id is not None and chip.logic_id == logic_id), None)
+    if own is None and logic_id is not None and any(chip.logic_id is not None for chip in chips):
+        listed = ", ".join(str(chip.logic_id) for chip in chips)
+        raise _error(pid, logic_id, f"`npu-smi info -m` lists only the logic ids {listed}", smi.useless)
+    listed_on = _listed(pid, chips, own, smi)
+    if own is None and not listed_on.certain:
+        raise _error(pid, logic_id, "an answer of npu-smi's is unclear or incomplete", smi.useless)
+    chip = _chosen(pid, logic_id, own, listed_on.hits, smi)
+    count = sum(other.npu_id == chip.npu_id for other in chips)
+    told = listed_on.chip_counts.get(chip.npu_id, count)
+    if chip.phy_id is None and count != told:
+        why = f"`npu-smi info -m` lists {count} chips of NPU {chip.npu_id}, `-t proc-mem` counts {told}"
+        raise _error(pid, logic_id, why, smi.useless)
+    for answer in smi.useless:
+        logger.warning("looking for this process' NPU: %s", answer.describe())
+    if list(numbers.values()).count(numbers[chip]) > 1:
+        raise _error(
+            pid,
+            logic_id,
+            "chips of cards of different kinds would get the same number here, and npu-smi names no physical "
+            "ids",
+            smi.useless,
+        )
+    return numbers[chip]
+
+
+def _numbers(chips: Sequence[Chip]) -> dict[Chip, int]:
+    """Each chip's number on its host: its physical id, or the reference's formula where none is told."""
+    per_npu = {chip.npu_id: sum(other.npu_id == chip.npu_id for other in chips) for chip in chips}
+    return {
+        chip: chip.npu_id * per_npu[chip.npu_id] + chip.chip_id if chip.phy_id is None else chip.phy_id
+        for chip in chips
+    }
+
+
+def _listed(pid: int, chips: Sequence[Chip], own: Chip | None, smi: NpuSmi) -> _Listed:
+    """Its own NPU is asked first: listed on its own chip, nobody else needs to be asked."""
+    ends = time.monotonic() + ALL_CALLS_SECONDS
+    ids = list(dict.fromkeys(chip.npu_id for chip in ([own] if own else []) + list(chips)))
+    listed = _Listed()
+    for npu_id in ids:
+        if time.monotonic() > ends:
+            smi.useless.append(
+                Answer(("info", "-t", "proc-mem", "-i", str(npu_id)), "", None, "not asked: too late")
+            )
+            listed.certain = False
+            break
+        found = smi.processes(npu_id)
+        if found is None:
+            continue
+        listed.certain = listed.certain and found.complete
+        if found.chip_count is not None:
+            listed.chip_counts[npu_id] = found.chip_count
+        for chip_id, processes in found.by_chip.items():
+            if pid not in processes:
+                continue
+            if chip_id is None and own is not None and own.npu_id == npu_id:
+                chip_id = own.chip_id
+            chip = next((c for c in chips if (c.npu_id, c.chip_id) == (npu_id, chip_id)), None)
+            # Not in the table, or on a chip that the answer does not tell: no ground to stand on.
+            listed.certain = listed.certain and chip is not None
+            listed.hits.append(_Hit(npu_id, chip, processes[pid]))
+            if chip is not None and chip == own:
+                listed.hits = listed.hits[-1:]
+                return listed
+    return listed
+
+
+def _chosen(pid: int, logic_id: int | None, own: Chip | None, hits: Sequence[_Hit], smi: NpuSmi) -> Chip:
+    if own is not None and all(hit.chip == own for hit in hits):
+        return own  # listed there, or nowhere: then these are the host's pids
+    if own is not None:
+        why = (
+            f"npu-smi lists this pid on {', '.join(map(str, hits))}, but by its logic id the process is on "
+            f"NPU {own.npu_id} chip {own.chip_id}"
+        )
+        raise _error(pid, logic_id, why, smi.useless)
+    if not hits:
+        why = "npu-smi does not list this pid (in a privileged container it shows the host's pids)"
+        raise _error(pid, logic_id, why, smi.useless)
+    largest = max(hit.megabytes for hit in hits)
+    first, *others = [hit for hit in hits if hit.megabytes == largest]
+    if others or first.chip is None:
+        why = f"npu-smi lists this pid on {len(others) + 1} chips with {largest} MB each"
+        raise _error(pid, logic_id, why, smi.useless)
+    return first.chip
+
+
+def host_ip() -> str:
+    """This host's address, found as the reference finds it: its route to the world. No packet is sent.
+
+    Raises:
+        IdentityError: this host has neither a route nor a name with an address.
+    """
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(("8.8.8.8", 80))
+            return str(sock.getsockname()[0])
+    except OSError:
+        name = socket.gethostname()
+    try:
+        return socket.gethostbyname(name)
+    except OSError as error:
+        raise IdentityError(
+            f"this host has no route, and its name {name!r} has no address ({error}): set "
+            "CKPT_ENGINE_HOST_ID to the same name for the parameter servers and the engine"
+        ) from error
+
+
+def _current_index() -> int | None:
+    npu = getattr(sys.modules.get("torch_npu"), "npu", None)
+    return int(npu.current_device()) if npu is not None and npu.is_initialized() else None
+
+
+def _error(pid: int, logic_id: int | None, why: str, useless: Sequence[Answer]) -> IdentityError:
+    shown = list(useless[:_SHOWN_ANSWERS])
+    said = "\n".join(answer.describe() for answer in shown)
+    hints = [hint for sign, hint in _WAYS_OUT if sign in said]
+    device = "" if logic_id is None else f", logic device {logic_id}"
+    text = f"cannot tell which NPU this process (pid {pid}{device}, on {socket.gethostname()}) uses: {why}. "
+    text += "".join(f"{hint[0].upper()}{hint[1:]}. " for hint in hints)
+    text += "Or set CKPT_ENGINE_DEVICE_UUID to the same text for this device's parameter server and worker."
+    if said:
+        text += f"\n{said}"
+    if len(useless) > len(shown):
+        text += f"\n({len(useless) - len(shown)} more answers like these)"
+    return IdentityError(text)
