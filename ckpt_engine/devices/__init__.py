@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 
 import torch
 
 from ckpt_engine.devices.base import Device, MappedRing, Ring, RingMemory, Staging
 from ckpt_engine.devices.cpu import CpuDevice, SharedRing, cpu_uuid
-from ckpt_engine.devices.handles import CudaRing, RingHandle, SharedMemoryRing
+from ckpt_engine.devices.handles import NpuRing, RingHandle, SharedMemoryRing
+from ckpt_engine.devices.npu import load as load_npu
+from ckpt_engine.devices.npu import npu_is_available
 from ckpt_engine.errors import ConfigError, ProtocolError
 from ckpt_engine.settings import Settings, load_settings
 
@@ -40,15 +43,17 @@ def detect_device(name: str | None) -> str:
     """
     if name not in (None, "cpu", "cuda", "npu"):
         raise ConfigError(f"device={name!r}: give 'cuda', 'npu' or 'cpu', or leave it out to detect it")
-    if name == "npu":
-        raise ConfigError("device='npu': Ascend NPUs are not in this version")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch finds no CUDA device here")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "npu" and not load_npu().is_available():
+        raise ConfigError("device='npu', but torch_npu finds no Ascend NPU here")
+    return name or ("cuda" if torch.cuda.is_available() else "npu" if npu_is_available() else "cpu")
 
 
 def device_count(kind: str) -> int | None:
     """How many devices of this kind this process sees; None where any number will do."""
+    if kind == "npu":
+        return int(load_npu().device_count())
     return torch.cuda.device_count() if kind == "cuda" else None
 
 
@@ -56,14 +61,19 @@ def make_device(name: str | None, settings: Settings, index: int) -> Device:
     """The rank's device.
 
     Args:
-        name: `cuda` or `cpu`, or None to detect.
+        name: `cuda`, `npu` or `cpu`, or None to detect.
         index: the device's number among those that this process sees.
 
     Raises:
         ConfigError: no such device here.
     """
-    if detect_device(name) == "cpu":
+    kind = detect_device(name)
+    if kind == "cpu":
         return CpuDevice(settings, index)
+    if kind == "npu":
+        from ckpt_engine.devices.npu import NpuDevice
+
+        return NpuDevice(settings, index)
     from ckpt_engine.devices.cuda import CudaDevice
 
     return CudaDevice(settings, index)
@@ -99,9 +109,15 @@ def map_ring(handle: RingHandle, descriptors: list[int], device_id: int | None) 
         return open_shared_ring(handle, descriptors, writable=True)
     _close_all(descriptors)
     if descriptors:
-        raise ProtocolError("descriptors came with a CUDA ring, which needs none")
+        raise ProtocolError("descriptors came with a ring in device memory, which needs none")
     if device_id is None:
-        raise ConfigError("the ring lies on a CUDA device: give device_id, this worker's own index of it")
+        raise ConfigError(
+            "the ring lies in device memory: give device_id, this worker's own index of the device"
+        )
+    if isinstance(handle, NpuRing):
+        from ckpt_engine.devices import npu
+
+        return npu.WorkerRing(device_id, handle)
     from ckpt_engine.devices.cuda import WorkerRing
 
     return WorkerRing(device_id, handle)
@@ -111,11 +127,13 @@ def synchronize_stream(device_id: int | None) -> None:
     """Waits for a worker's current stream (nothing on CPU). Raises what the device reports as failed."""
     if device_id is not None and torch.cuda.is_available():
         torch.cuda.current_stream(device_id).synchronize()
+    elif device_id is not None and "torch_npu" in sys.modules:
+        load_npu().current_stream(device_id).synchronize()
 
 
 def open_shared_ring(handle: RingHandle, descriptors: Sequence[int], *, writable: bool) -> SharedRing:
     """Maps a ring in host memory; takes over the descriptors, also on failure."""
-    if isinstance(handle, CudaRing) or len(descriptors) != 1:
+    if not isinstance(handle, SharedMemoryRing) or len(descriptors) != 1:
         _close_all(descriptors)
         raise ProtocolError(f"a shared-memory ring needs one descriptor, got {len(descriptors)}")
     return SharedRing.open(descriptors[0], handle.nbytes, writable=writable)

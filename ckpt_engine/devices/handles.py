@@ -24,5 +24,23 @@ class CudaRing(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_un
     device: str
 
 
-RingHandle = SharedMemoryRing | CudaRing
+class NpuRing(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """A tensor of `nbytes` bytes on an NPU, as torch_npu exports it.
+
+    `memory`: the handle of the allocation, in which the tensor's storage of `storage_nbytes` begins at
+    `storage_offset`. `counter`, `counter_offset`: where its readers are counted. `event`, `event_sync`: what
+    a reader waits for first, if anything.
+    """
+
+    nbytes: int
+    memory: bytes
+    storage_nbytes: int
+    storage_offset: int
+    counter: bytes
+    counter_offset: int
+    event: bytes
+    event_sync: bool
+
+
+RingHandle = SharedMemoryRing | CudaRing | NpuRing
 """Every kind of ring that a worker can map."""
