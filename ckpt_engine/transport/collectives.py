@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -70,6 +71,12 @@ class GlooCollectives:
         self._group: dist.ProcessGroupGloo | None = made
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
+        if tensor.device.type == "npu":
+            # Of all devices that torch knows, gloo itself only reads CPU's and CUDA's.
+            host = tensor.cpu()
+            self.broadcast(host, root, deadline, poll)
+            tensor.copy_(host)
+            return
         assert self._group is not None
         options = _options(root)
         # The group outlives the update that made it: its own timeout may be shorter than this deadline.
@@ -141,6 +148,58 @@ class NcclCollectives:
             group.abort()
 
 
+class HcclCollectives:
+    """hccl on its own prefix of the store: one NPU for each member.
+
+    Its ports are the host's 60000 and up and the NPU's 16666: see HCCL_NPU_SOCKET_PORT_RANGE in
+    integrations/ascend/README.md, since the engine on the same NPU has a communicator of its own.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        place: int,
+        size: int,
+        device_index: int,
+        deadline: Deadline,
+        poll: Poll,
+    ) -> None:
+        from ckpt_engine.devices.npu import load
+
+        npu = load()
+        kind = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
+        options = kind.Options()
+        options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
+        options.is_high_priority_stream = False
+
+        def make() -> Any:  # noqa: ANN401 - torch_npu has no types
+            npu.set_device(device_index)
+            group = kind(_own(store, prefix), place, size, options)
+            # The communicator is made by the first collective: here, where a lost member can be noticed.
+            first = torch.zeros(1, dtype=torch.uint8, device=torch.device("npu", device_index))
+            group.broadcast([first], _options(0)).wait()
+            npu.current_stream(device_index).synchronize()
+            return group
+
+        self._group: Any = _in_thread(make, deadline, poll)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
+        assert self._group is not None
+        poll()
+        try:
+            # Waiting for hccl's work only makes the current stream wait.
+            self._group.broadcast([tensor], _options(root)).wait()
+        except RuntimeError as error:
+            raise _broken("a broadcast could not be enqueued", error) from error
+
+    def close(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            # Releases what waits on the device for a member that will never come.
+            group.abort_hccl_comm("ckpt-engine drops the group")
+
+
 def make_group(
     kind: str,
     store: Store,
@@ -159,6 +218,8 @@ def make_group(
     """
     if kind == "nccl":
         return NcclCollectives(store, name, place, size, device_index, deadline, poll)
+    if kind == "hccl":
+        return HcclCollectives(store, name, place, size, device_index, deadline, poll)
     return GlooCollectives(store, name, place, size, deadline, poll)
 
 
