@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckpt_engine_ascend.identity import IdentityError, device_uuid
+    from ckpt_engine_ascend.worker_extension import NpuColocateWorkerExtension
 
 _PLACES = {
     "IdentityError": "identity",
+    "NpuColocateWorkerExtension": "worker_extension",
     "device_uuid": "identity",
 }
 
-__all__ = ["IdentityError", "device_uuid"]
+__all__ = ["IdentityError", "NpuColocateWorkerExtension", "device_uuid"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,62 @@
+"""Engines whose weights cannot be replaced in place, told before anything is touched: why, and what to do."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import torch
+
+from ckpt_engine.errors import ConfigError
+from ckpt_engine_ascend.reload import has_layerwise_reload
+
+FRACTAL_NZ = 29
+"""CANN's number of the blocked format in which matrices are multiplied fastest."""
+
+_NZ_REMEDY = (
+    "set weight_nz_mode to 0 (`--additional-config '{\"weight_nz_mode\": 0}'`, in older versions "
+    "VLLM_ASCEND_ENABLE_NZ=0) and restart the engine"
+)
+
+
+def refuse_unsupported(model: torch.nn.Module, vllm_config: Any) -> None:  # noqa: ANN401 - vLLM's VllmConfig
+    """Raises ConfigError, with a remedy, for what this version cannot update right."""
+    quantization = vllm_config.model_config.quantization
+    mode = nz_mode()
+    if mode == 2 or (mode and quantization is not None):
+        raise ConfigError(
+            f"vllm-ascend keeps weights in the FRACTAL_NZ format (weight_nz_mode={mode}), into which no "
+            f"checkpoint's tensor can be copied: {_NZ_REMEDY}"
+        )
+    blocked = [name for name, parameter in model.named_parameters() if _is_blocked(parameter)]
+    if blocked:
+        raise ConfigError(
+            f"{len(blocked)} parameters are in the FRACTAL_NZ format, {blocked[0]} among them (310P always "
+            f"does that, fused MC2 to experts): {_NZ_REMEDY}, without enable_fused_mc2"
+        )
+    if has_layerwise_reload():
+        return
+    what = "quantised weights" if quantization is not None else ""
+    if any(name.endswith(("w13_weight", "w2_weight")) for name, _ in model.named_parameters()):
+        what = "experts"
+    if what:
+        raise ConfigError(
+            f"post-processing transposes and packs {what}, and this vLLM cannot give its layers fresh "
+            "tensors: use one with vllm.model_executor.model_loader.reload"
+        )
+
+
+def nz_mode() -> int:
+    """vllm-ascend's weight_nz_mode: 0 off, 1 quantised weights, 2 all."""
+    try:
+        config = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
+    except (ImportError, RuntimeError):  # not this version's way, or not set up yet
+        config = None
+    mode = getattr(config, "weight_nz_mode", None)
+    return int(os.environ.get("VLLM_ASCEND_ENABLE_NZ", "1") if mode is None else mode)
+
+
+def _is_blocked(parameter: torch.Tensor) -> bool:
+    get_format = getattr(importlib.import_module("torch_npu"), "get_npu_format", None)
+    return get_format is not None and parameter.device.type == "npu" and get_format(parameter) == FRACTAL_NZ
