@@ -10,6 +10,8 @@ import pytest
 from ckpt_engine_ascend import identity
 
 FAKE_NPU_SMI = Path(__file__).parent / "npu_smi" / "bin"
+STUB = Path(__file__).parent / "stub"
+"""Packages torch_npu and vllm: only for processes of their own, or torch would know "npu" in all tests."""
 IP = "10.0.0.7"
 
 

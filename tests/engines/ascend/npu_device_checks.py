@@ -1,0 +1,264 @@
+"""The NPU's device and rings on the stand-in. Run by test_npu_on_the_stand_in.py, in a process with NPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch.multiprocessing import reductions
+
+from ckpt_engine.devices import detect_device, device_count, make_device, map_ring, npu
+from ckpt_engine.devices.handles import NpuRing, RingHandle
+from ckpt_engine.devices.npu import ServerRing, WorkerRing
+from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
+from ckpt_engine.settings import load_settings
+
+NBYTES = 1 << 20
+NPU = npu.load()
+
+
+def free(index: int = 0) -> int:
+    return int(NPU.mem_get_info(index)[0])
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_taken() -> Iterator[None]:
+    before = [free(0), free(1)]
+    yield
+    NPU.synchronize()
+    NPU.ipc_collect()
+    assert [free(0), free(1)] == before
+
+
+def fill(ring: ServerRing, value: int) -> None:
+    ring.view(0, NBYTES).copy_(torch.full((NBYTES,), value, dtype=torch.uint8))
+
+
+def test_a_ring_crosses_as_plain_fields_and_lies_on_the_workers_own_index() -> None:
+    ring = ServerRing(0, NBYTES, 3)
+    fill(ring, 7)
+    sent = msgspec.msgpack.encode(ring.handle())
+    handle = msgspec.msgpack.decode(sent, type=RingHandle)
+    assert isinstance(handle, NpuRing)
+    mapped = map_ring(handle, [], 1)
+    assert mapped.own_events() == ()
+    ring.accept_events(())
+    view = mapped.view(100, 50)
+    assert view.device == torch.device("npu", 1)
+    assert view.cpu().tolist() == [7] * 50
+    del view
+    mapped.close()
+    mapped.close()
+    ring.close()
+    ring.close()
+
+
+def test_the_fields_are_torch_npus_with_the_device_at_index_6(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_npu.multiprocessing.reductions as theirs
+
+    ring = ServerRing(0, NBYTES, 1)
+    handle = ring.handle()
+    exported = reductions.reduce_tensor(ring.view(0, NBYTES))[1]
+    torch.UntypedStorage._release_ipc_counter_npu(*exported[11:13])  # type: ignore[attr-defined]
+    given: list[Any] = []
+    monkeypatch.setattr(theirs, "rebuild_npu_tensor", lambda *fields: given.append(fields) or torch.empty(0))
+    WorkerRing(1, handle).close()
+    monkeypatch.undo()
+    ring.close()
+    (fields,) = given
+    assert len(fields) == len(exported) == 15
+    assert (fields[6], exported[6]) == (1, 0)
+    assert [type(field) for field in fields] == [type(field) for field in exported]
+    same = [place for place in range(15) if place not in (6, 12)]
+    assert [fields[place] for place in same] == [exported[place] for place in same]
+
+
+def test_a_ring_that_nobody_mapped_is_freed() -> None:
+    ring = ServerRing(0, NBYTES, 1)
+    ring.handle()
+    ring.close()
+
+
+def test_a_kept_ring_is_exported_anew_for_each_worker() -> None:
+    """Counted down twice, torch_npu would never free it; and exports of one tensor pile up on each other."""
+    ring = ServerRing(0, NBYTES, 1)
+    seen = set()
+    for value in range(3):
+        handle = ring.handle()
+        seen.add((handle.counter, handle.counter_offset))
+        fill(ring, value)
+        assert len(ring._bytes.segment.counters) == 1  # type: ignore[union-attr]
+        mapped = WorkerRing(0, handle)
+        assert mapped.view(0, 4).cpu().tolist() == [value] * 4
+        mapped.close()
+    assert len(seen) == 3
+    assert free() < NPU.mem_get_info(1)[0]
+    ring.close()
+
+
+def test_a_bucket_is_ready_once_it_was_copied() -> None:
+    ring = ServerRing(0, NBYTES, 2)
+    source = torch.full((NBYTES,), 9, dtype=torch.uint8).to("npu:0")
+    NPU.synchronize()
+    stream = NPU.Stream(0)
+    with NPU.stream(stream):
+        ring.view(0, NBYTES).copy_(source)
+        ring.mark_ready(0)
+    assert not ring.is_ready(0)
+    while not ring.is_ready(0):
+        pass
+    assert ring.view(0, 1).cpu().item() == 9
+    ring.close()
+
+
+def test_a_bucket_is_given_back_once_it_was_read() -> None:
+    ring = ServerRing(0, NBYTES, 1)
+    fill(ring, 3)
+    mapped = WorkerRing(0, ring.handle())
+    weight = torch.zeros(NBYTES, dtype=torch.uint8, device="npu:0")
+    weight.copy_(mapped.view(0, NBYTES))
+    assert not NPU.current_stream().query()
+    mapped.mark_given_back(0)
+    assert NPU.current_stream().query()
+    fill(ring, 4)
+    assert weight.cpu().unique().tolist() == [3]
+    mapped.close()
+    ring.close()
+
+
+def test_a_ring_that_is_still_read_stays_mapped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(npu, "DRAIN_SECONDS", 0.01)
+    ring = ServerRing(0, NBYTES, 1)
+    mapped = WorkerRing(0, ring.handle())
+    done = False
+    stream = NPU.Stream(0)
+    with NPU.stream(stream):
+        stream.enqueue(lambda: done)
+        mapped.close()
+    assert "restart the engine" in caplog.text
+    assert len(npu._STILL_READ) == 1
+    done = True
+    stream.synchronize()
+    npu._STILL_READ.clear()
+    ring.close()
+
+
+def test_an_error_of_the_device_does_not_keep_the_memory(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> bool:
+        raise RuntimeError("HCCL communicator was aborted")
+
+    ring = ServerRing(0, NBYTES, 1)
+    staging = npu.NpuStaging(0, NBYTES)
+    for thing in (staging, ring):
+        NPU.current_stream().enqueue(fail)
+        thing.close()
+    assert caplog.text.count("HCCL communicator was aborted") == 2
+
+
+def test_a_staging_buffer_is_emptied_before_it_is_filled_again() -> None:
+    staging = npu.NpuStaging(0, 4)
+    target = torch.zeros(8, dtype=torch.uint8, device="npu:0")
+    NPU.synchronize()
+    copies, broadcasts = NPU.Stream(0), NPU.Stream(0)
+    for value in (1, 2):
+        source = torch.full((4,), value, dtype=torch.uint8)
+        with NPU.stream(copies):
+            staging.fill().copy_(source)
+            staging.mark_filled()
+        with NPU.stream(broadcasts):
+            target[(value - 1) * 4 : value * 4].copy_(staging.empty())
+            staging.mark_emptied()
+    broadcasts.synchronize()
+    assert target.cpu().tolist() == [1] * 4 + [2] * 4
+    staging.close()
+
+
+def test_expandable_segments_are_refused_on_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "max_split_size_mb:64, expandable_segments: True")
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
+    for make in (lambda: ServerRing(0, NBYTES, 1), lambda: make_device("npu", load_settings(), 0)):
+        with pytest.raises(ConfigError, match="PYTORCH_NPU_ALLOC_CONF=expandable_segments:False"):
+            make()
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:False")
+    ServerRing(0, NBYTES, 1).close()
+
+
+def test_memory_that_does_not_fit_is_an_error() -> None:
+    with pytest.raises(DeviceError, match="NPU out of memory"):
+        ServerRing(0, 1 << 40, 1)
+
+
+def test_another_form_of_export_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rebuild_something() -> None: ...
+
+    ring = ServerRing(0, NBYTES, 1)
+    monkeypatch.setattr(reductions, "reduce_tensor", lambda tensor: (rebuild_something, (1, 2)))
+    with pytest.raises(DeviceError, match=r"2 fields for rebuild_something.*torch_npu"):
+        ring.handle()
+    ring.close()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"storage_nbytes": 10},
+        {"storage_offset": -1},
+        {"counter_offset": -1},
+        {"nbytes": -1},
+        {"memory": b""},
+        {"memory": bytes(5000)},
+        {"counter": b""},
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(change: dict[str, object]) -> None:
+    ring = ServerRing(0, NBYTES, 1)
+    with pytest.raises(ProtocolError, match="contradict"):
+        WorkerRing(0, msgspec.structs.replace(ring.handle(), **change))
+    ring.close()
+
+
+def test_an_allocation_that_is_not_there_is_an_error_that_says_what_to_share() -> None:
+    ring = ServerRing(0, NBYTES, 1)
+    handle = ring.handle()
+    ring.close()
+    with pytest.raises(DeviceError, match=r"507899.*one /dev/shm"):
+        WorkerRing(0, handle)
+
+
+def test_a_worker_needs_its_index_and_no_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = ServerRing(0, NBYTES, 1)
+    with pytest.raises(ConfigError, match="device_id"):
+        map_ring(ring.handle(), [], None)
+    with pytest.raises(ProtocolError, match="events"):
+        ring.accept_events([b"event"])
+    ring.close()
+
+
+def test_the_device_is_found_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert detect_device(None) == detect_device("npu") == "npu"
+    assert device_count("npu") == 2
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
+    device = make_device(None, load_settings(), 1)
+    assert (device.type, device.index, device.uuid(), device.collectives) == ("npu", 1, "NPU-mine", "hccl")
+    assert device.free_memory() == free(1)
+    assert device.pinner is None
+    with pytest.raises(ConfigError, match=r"npu:2 is not there: this process sees 2"):
+        make_device("npu", load_settings(), 2)
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
+    with pytest.raises(ConfigError, match="finds no Ascend NPU"):
+        detect_device("npu")
+    assert detect_device(None) == "cpu"
+
+
+def test_ranks_of_one_device_know_that_they_share_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever keys the operator gave them: hccl refuses two ranks on one device."""
+    pools = []
+    for key, index in (("NPU-a", 0), ("NPU-b", 0), ("NPU-c", 1)):
+        monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", key)
+        pools.append(make_device("npu", load_settings(), index).memory_pool())
+    assert pools[0] == pools[1] != pools[2]

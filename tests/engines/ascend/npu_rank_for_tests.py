@@ -1,0 +1,124 @@
+"""A rank under torchrun on the stand-in for NPUs: a real ParameterServer and a real worker process.
+
+What the rank saw goes to `{out}/rank-{r}.json` as {scenario: {...}}; `free` is the free memory of its device
+after each scenario, by every process' count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt_engine import ParameterServer
+from ckpt_engine.checkpoint import split_checkpoint
+from ckpt_engine.devices.npu import load as load_npu
+from ckpt_engine.errors import UpdateError
+from tests.support.rank import Worker
+
+TIMEOUT = 60.0
+
+
+class NpuWorker(Worker):
+    """The worker process of this rank's device."""
+
+    def __init__(self, index: int, **environment: str) -> None:
+        env = os.environ | {"TEST_INDEX": str(index)} | environment
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.engines.ascend.npu_worker_for_tests"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+        )
+        self.pid = self._read()["pid"]
+        self.last: dict[str, Any] = {}
+        self.asked = False
+
+
+class Rank:
+    def __init__(self, ps: ParameterServer, index: int, out: Path) -> None:
+        self.ps, self.index, self.out = ps, index, out
+        self.worker = NpuWorker(index)
+        self.results: dict[str, Any] = {}
+
+    def record(self, scenario: str, call: Callable[[], Any]) -> None:
+        started = time.monotonic()
+        entry: dict[str, Any] = {"error": None}
+        try:
+            report = call()
+            if report is not None:
+                entry["buckets"], entry["version"] = report.buckets, report.version
+        except Exception as error:  # noqa: BLE001 - what was raised is the result
+            entry |= {"error": type(error).__name__, "message": str(error)}
+            if isinstance(error, UpdateError):
+                entry["record"] = error.record.to_dict()
+        entry["seconds"] = time.monotonic() - started
+        entry["worker"] = self.worker.last
+        entry["free"] = load_npu().mem_get_info(self.index)[0]
+        self.results[scenario] = entry
+
+    def update(
+        self, name: str, fault: dict[str, Any] | None = None, *, asks: bool = True, keep: bool = False
+    ) -> Callable[[], Any]:
+        """An update; `fault` hits the worker of the last rank, which is not even asked without `asks`."""
+        victim = self.ps.rank == self.ps.world_size - 1
+
+        def req_func(paths: list[tuple[str, str]]) -> None:
+            if victim and not asks:
+                raise ValueError("the engine is not there")
+            self.worker.update(paths, fault if victim else None)
+
+        return lambda: self.ps.update(name, req_func, timeout=TIMEOUT, keep_buffers=keep)
+
+    def new_worker(self) -> None:
+        self.worker.close()
+        self.worker = NpuWorker(self.index)
+
+    def walk(self, first: Path, second: Path) -> None:
+        ps = self.ps
+        for name, directory in (("a", first), ("b", second)):
+            ps.register_checkpoint(name, files=split_checkpoint(directory, ps.rank, ps.world_size))
+            ps.gather_metas(name)
+        self.record("first", self.update("a"))
+        self.record("second", self.update("b"))
+        self.record("kept", self.update("a", keep=True))
+        self.record("kept again", self.update("b", keep=True))
+        self.record("kept no more", self.update("a"))
+        self.record("identity", self.update("b", {"kind": "identity", "scenario": "dcmi_fail"}))
+        self.record("after identity", self.update("b"))
+        self.record("raise", self.update("a", {"kind": "run", "bucket": 2, "action": "raise"}))
+        self.record("after raise", self.update("a"))
+        self.record("not asked", self.update("b", asks=False))
+        self.record("after not asked", self.update("b"))
+        self.record("killed", self.update("a", {"kind": "run", "bucket": 1, "action": "exit"}))
+        self.new_worker()
+        self.record("after killed", self.update("a"))
+
+
+def main() -> None:
+    out, first, second = map(Path, sys.argv[1:4])
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    shared = os.environ.get("TEST_SHARED_NPU")
+    if shared:
+        os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"NPU-test-{rank}"
+    with ParameterServer(device="npu", gpu_count=1 if shared else None) as ps:
+        me = Rank(ps, 0 if shared else rank, out)
+        me.results["uuid"] = ps._device.uuid()
+        try:
+            me.walk(first, second)
+        finally:
+            me.worker.close()
+            (out / f"rank-{rank}.json").write_text(json.dumps(me.results))
+
+
+if __name__ == "__main__":
+    main()
