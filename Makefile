@@ -14,7 +14,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu check lock clean
+.PHONY: help demo test test-faults test-gpu test-ascend check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and wo
 
 test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+test-ascend: $(STAMP)  ## Runs the tests of the Ascend adapter: npu-smi's formats, updates on a stand-in for NPUs
+	$(BIN)/python -m pytest tests/engines/ascend $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .
