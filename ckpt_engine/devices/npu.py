@@ -22,7 +22,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 DRAIN_SECONDS = 5.0
 """How long a worker that leaves early waits for its own reloads before it unmaps what they read."""
 ALLOCATOR_VARIABLE = "PYTORCH_NPU_ALLOC_CONF"
+PORT_VARIABLES = ("HCCL_NPU_SOCKET_PORT_RANGE", "HCCL_HOST_SOCKET_PORT_RANGE")
 
 _FIELD_COUNT = 15
 _DEVICE_FIELD = 6
@@ -96,6 +97,17 @@ def refuse_expandable_segments() -> None:
             f"Start the parameter server with {ALLOCATOR_VARIABLE}=expandable_segments:False (the engine may "
             "keep it: vllm-ascend sets it for itself and for every process that it starts)"
         )
+
+
+def port_advice(environment: Mapping[str, str]) -> str | None:
+    """What to change where the engine on the same NPU may have hccl's ports; None where they are set."""
+    missing = [name for name in PORT_VARIABLES if not environment.get(name)]
+    if not missing:
+        return None
+    return (
+        f"{' and '.join(missing)} not set: hccl listens on port 16666 of the NPU, where the engine's own "
+        "communicator may listen already; set both to 'auto' on every rank (CANN 8.1 or newer)"
+    )
 
 
 def _device(index: int) -> torch.device:
@@ -372,6 +384,7 @@ class NpuDevice:
                 "ranks that share this host's devices, or check ASCEND_RT_VISIBLE_DEVICES (ids must ascend)"
             )
         self.index = index
+        # Else calls without a device would give this process a context on NPU 0, too.
         npu.set_device(index)
         self._uuid = npu_uuid(settings, index)
         # Where the operator names the keys, ranks of one device may have different ones.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
+import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +17,8 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateTimeout
+
+logger = logging.getLogger(__name__)
 
 SLICE = timedelta(milliseconds=20)
 BEYOND_DEADLINE = timedelta(seconds=10)
@@ -151,8 +155,8 @@ class NcclCollectives:
 class HcclCollectives:
     """hccl on its own prefix of the store: one NPU for each member.
 
-    Its ports are the host's 60000 and up and the NPU's 16666: see HCCL_NPU_SOCKET_PORT_RANGE in
-    integrations/ascend/README.md, since the engine on the same NPU has a communicator of its own.
+    Its ports may be those of the engine's own communicator on the same NPU: see
+    integrations/ascend/README.md.
     """
 
     def __init__(
@@ -165,9 +169,12 @@ class HcclCollectives:
         deadline: Deadline,
         poll: Poll,
     ) -> None:
-        from ckpt_engine.devices.npu import load
+        from ckpt_engine.devices.npu import load, port_advice
 
         npu = load()
+        advice = port_advice(os.environ)
+        if advice:
+            logger.warning("%s", advice)
         kind = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
         options = kind.Options()
         options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE

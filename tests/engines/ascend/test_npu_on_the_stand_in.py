@@ -50,6 +50,14 @@ def test_without_torch_npu_there_is_no_npu() -> None:
         detect_device("npu")
 
 
+def test_ports_that_the_engine_has_too_are_told() -> None:
+    assert npu.port_advice(dict.fromkeys(npu.PORT_VARIABLES, "auto")) is None
+    advice = npu.port_advice({"HCCL_NPU_SOCKET_PORT_RANGE": "auto"})
+    assert advice is not None
+    assert advice.startswith("HCCL_HOST_SOCKET_PORT_RANGE not set")
+    assert "16666" in (npu.port_advice({}) or "")
+
+
 def test_a_shared_files_contents_begin_where_torch_puts_them() -> None:
     """Where the counters of readers are looked for: torch's own allocator writes the file."""
     storage = torch.arange(5, dtype=torch.int64).untyped_storage()
