@@ -3,6 +3,7 @@
 torchrun --nproc-per-node 8 -m ckpt_engine.cli.main update --checkpoint-path /models/m
 ckpt-engine inspect /models/m
 ckpt-engine plan /models/m --world-size 8
+ckpt-engine doctor
 ckpt-engine demo
 """
 
