@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from ckpt_engine.findings import Finding
     from ckpt_engine.settings import Settings
 
-CHECKS: tuple[str, ...] = ("ckpt_engine.devices.findings:find",)
+CHECKS: tuple[str, ...] = (
+    "ckpt_engine.devices.findings:find",
+    "ckpt_engine_ascend.findings:find",
+)
 """`module:function` of each check (`findings.Find`), in the order of what is printed."""
 
 

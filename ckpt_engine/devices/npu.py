@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import struct
 import time
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 DRAIN_SECONDS = 5.0
 """How long a worker that leaves early waits for its own reloads before it unmaps what they read."""
 ALLOCATOR_VARIABLE = "PYTORCH_NPU_ALLOC_CONF"
+_PORTS = re.compile(r"auto|\d+(-\d+)?(,\d+(-\d+)?)*")
 PORT_VARIABLES = ("HCCL_NPU_SOCKET_PORT_RANGE", "HCCL_HOST_SOCKET_PORT_RANGE")
 
 _FIELD_COUNT = 15
@@ -88,9 +90,9 @@ def npu_uuid(settings: Settings, index: int) -> str:
     return device_uuid(index, settings=settings)
 
 
-def refuse_expandable_segments() -> None:
+def refuse_expandable_segments(environment: Mapping[str, str] = os.environ) -> None:
     """Raises ConfigError: this process' allocator makes memory that cannot be exported."""
-    value = os.environ.get(ALLOCATOR_VARIABLE, "")
+    value = environment.get(ALLOCATOR_VARIABLE, "")
     if "expandable_segments:true" in value.replace(" ", "").lower():
         raise ConfigError(
             f"{ALLOCATOR_VARIABLE}={value!r}: memory in expandable segments cannot be shared. "
@@ -99,15 +101,26 @@ def refuse_expandable_segments() -> None:
         )
 
 
-def port_advice(environment: Mapping[str, str]) -> str | None:
-    """What to change where the engine on the same NPU may have hccl's ports; None where they are set."""
+def port_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """What is wrong with the ports that hccl would use, and the remedy; None where they are set."""
     missing = [name for name in PORT_VARIABLES if not environment.get(name)]
-    if not missing:
-        return None
-    return (
-        f"{' and '.join(missing)} not set: hccl listens on port 16666 of the NPU, where the engine's own "
-        "communicator may listen already; set both to 'auto' on every rank (CANN 8.1 or newer)"
-    )
+    wrong = [
+        f"{name}={environment[name]!r}"
+        for name in PORT_VARIABLES
+        if name not in missing and not _PORTS.fullmatch(environment[name])
+    ]
+    if wrong:
+        return (
+            f"{' and '.join(wrong)}: neither 'auto' nor ports such as 61000-61050",
+            "set both variables to 'auto' on every rank and for the engine",
+        )
+    if missing:
+        return (
+            f"{' and '.join(missing)} not set: hccl listens on port 16666 of the NPU, where the engine's own "
+            "communicator may listen already",
+            "set both variables to 'auto' on every rank and for the engine (CANN 8.1 or newer)",
+        )
+    return None
 
 
 def _device(index: int) -> torch.device:

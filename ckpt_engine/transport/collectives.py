@@ -169,12 +169,12 @@ class HcclCollectives:
         deadline: Deadline,
         poll: Poll,
     ) -> None:
-        from ckpt_engine.devices.npu import load, port_advice
+        from ckpt_engine.devices.npu import load, port_problem
 
         npu = load()
-        advice = port_advice(os.environ)
-        if advice:
-            logger.warning("%s", advice)
+        problem = port_problem(os.environ)
+        if problem:
+            logger.warning("%s: %s", *problem)
         kind = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
         options = kind.Options()
         options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+from ckpt_engine_ascend import identity
+from ckpt_engine_ascend.findings import find
 from torch.multiprocessing import reductions
 
 from ckpt_engine.devices import detect_device, device_count, make_device, map_ring, npu
 from ckpt_engine.devices.handles import NpuRing, RingHandle
 from ckpt_engine.devices.npu import ServerRing, WorkerRing
 from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
+from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
+from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP
 
 NBYTES = 1 << 20
 NPU = npu.load()
@@ -262,3 +267,28 @@ def test_ranks_of_one_device_know_that_they_share_it(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", key)
         pools.append(make_device("npu", load_settings(), index).memory_pool())
     assert pools[0] == pools[1] != pools[2]
+
+
+def test_the_doctor_tells_each_npus_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{FAKE_NPU_SMI}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CKPT_ENGINE_HOST_ID", IP)
+
+    def doctor(scenario: str) -> dict[str, Finding]:
+        monkeypatch.setattr(identity, "_NUMBERS", {})
+        monkeypatch.setenv("FAKE_NPU_SMI_SCENARIO", scenario)
+        return {finding.subject: finding for finding in find(load_settings(), os.environ)}
+
+    found = doctor("a2_privileged_hostpid")
+    assert found["torch_npu"].message == "sees 2 NPUs"
+    assert [found[f"npu {index}"].message for index in (0, 1)] == [f"NPU-{IP}-0", f"NPU-{IP}-1"]
+    found = doctor("no_permission")
+    for index in (0, 1):
+        assert found[f"npu {index}"].level is Level.ERROR
+        assert "ret is -8002" in found[f"npu {index}"].message
+        assert "CKPT_ENGINE_DEVICE_UUID" in found[f"npu {index}"].message
+    # No logic ids: found by its pid, once the doctor has used the NPU.
+    monkeypatch.setenv("FAKE_PID__395864", str(os.getpid()))
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0")
+    assert doctor("a5")["npu 0"].message == f"NPU-{IP}-0"
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
+    assert "sees no NPU" in doctor("a5")["torch_npu"].message

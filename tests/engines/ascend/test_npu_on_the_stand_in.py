@@ -51,11 +51,19 @@ def test_without_torch_npu_there_is_no_npu() -> None:
 
 
 def test_ports_that_the_engine_has_too_are_told() -> None:
-    assert npu.port_advice(dict.fromkeys(npu.PORT_VARIABLES, "auto")) is None
-    advice = npu.port_advice({"HCCL_NPU_SOCKET_PORT_RANGE": "auto"})
-    assert advice is not None
-    assert advice.startswith("HCCL_HOST_SOCKET_PORT_RANGE not set")
-    assert "16666" in (npu.port_advice({}) or "")
+    first, second = npu.PORT_VARIABLES
+    for good in ("auto", "61000", "61000-61050", "61000-61010,62000"):
+        assert npu.port_problem({first: good, second: "auto"}) is None
+    for environment, says in (
+        ({}, f"{first} and {second} not set: hccl listens on port 16666"),
+        ({first: "auto"}, f"{second} not set"),
+        ({first: "auto", second: ""}, f"{second} not set"),
+        ({first: "61000..61050", second: "auto"}, f"{first}='61000..61050': neither 'auto' nor ports"),
+    ):
+        problem = npu.port_problem(environment)
+        assert problem is not None
+        assert says in problem[0]
+        assert "'auto' on every rank and for the engine" in problem[1]
 
 
 def test_a_shared_files_contents_begin_where_torch_puts_them() -> None:

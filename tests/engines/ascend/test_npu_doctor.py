@@ -1,0 +1,79 @@
+"""What `ckpt-engine doctor` says of NPUs. With a (stand-in for) torch_npu: npu_device_checks.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ckpt_engine_ascend import findings
+from ckpt_engine_ascend.findings import find
+
+from ckpt_engine.devices.npu import PORT_VARIABLES
+from ckpt_engine.findings import Finding, Level
+from ckpt_engine.settings import load_settings
+
+AUTO = dict.fromkeys(PORT_VARIABLES, "auto")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("torch_npu") is not None, reason="torch_npu is installed"
+)
+
+
+def examine(**environment: str) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in find(load_settings(), environment)}
+
+
+def test_nothing_is_said_where_there_is_no_npu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(findings, "DRIVER", tmp_path / "davinci_manager")
+    assert examine() == {}
+    (tmp_path / "davinci_manager").touch()
+    found = examine(**AUTO)
+    assert "not found on PATH" in found["npu-smi"].message
+    assert found["npu-smi"].level is Level.WARNING
+
+
+def test_npus_without_torch_npu(scenario: Callable[..., None]) -> None:
+    scenario("a3_8x2")
+    found = examine(**AUTO)
+    assert found["npu-smi"] == Finding("npu-smi", Level.OK, "lists 16 chips of 8 NPUs")
+    assert found["torch_npu"].level is Level.ERROR
+    assert "set_env.sh" in found["torch_npu"].remedy
+    assert found["npu ports"].level is Level.OK
+
+
+def test_npu_smis_own_words_are_shown(scenario: Callable[..., None]) -> None:
+    scenario("dcmi_fail")
+    assert "dcmi module initialize failed. ret is -8005" in examine()["npu-smi"].message
+
+
+def test_port_16666_is_explained(scenario: Callable[..., None]) -> None:
+    scenario("a2_8npu")
+    ports = examine(HCCL_NPU_SOCKET_PORT_RANGE="auto")["npu ports"]
+    assert ports.level is Level.WARNING
+    assert ports.message.startswith("HCCL_HOST_SOCKET_PORT_RANGE not set")
+    assert "16666" in ports.message
+    assert "'auto' on every rank and for the engine" in ports.remedy
+    assert examine(**AUTO)["npu ports"].level is Level.OK
+    assert "neither 'auto' nor ports" in examine(**(AUTO | {PORT_VARIABLES[0]: "any"}))["npu ports"].message
+
+
+def test_memory_that_cannot_be_shared_is_told(scenario: Callable[..., None]) -> None:
+    scenario("a2_8npu")
+    memory = examine(PYTORCH_NPU_ALLOC_CONF="expandable_segments:True")["npu memory"]
+    assert memory.level is Level.WARNING
+    assert "expandable_segments:False" in memory.message
+    assert "npu memory" not in examine()
+
+
+def test_a_rank_table_must_be_json(scenario: Callable[..., None], tmp_path: Path) -> None:
+    scenario("a2_8npu")
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"server_count": "1"}))
+    assert examine(RANK_TABLE_FILE=str(table))["rank table"].level is Level.OK
+    table.write_text('{"server_count": "1"  // one\n}')
+    assert "without comments" in examine(RANK_TABLE_FILE=str(table))["rank table"].remedy
+    assert examine(RANK_TABLE_FILE=str(tmp_path / "none"))["rank table"].level is Level.ERROR
