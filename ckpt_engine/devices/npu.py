@@ -20,16 +20,16 @@ import importlib
 import importlib.util
 import logging
 import os
-import re
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 
 from ckpt_engine.devices.handles import NpuRing
+from ckpt_engine.devices.npu_environment import refuse_expandable_segments
 from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
 from ckpt_engine.host_memory import HostMemoryPinner
 from ckpt_engine.settings import Settings
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 DRAIN_SECONDS = 5.0
 """How long a worker that leaves early waits for its own reloads before it unmaps what they read."""
-ALLOCATOR_VARIABLE = "PYTORCH_NPU_ALLOC_CONF"
-_PORTS = re.compile(r"auto|\d+(-\d+)?(,\d+(-\d+)?)*")
-PORT_VARIABLES = ("HCCL_NPU_SOCKET_PORT_RANGE", "HCCL_HOST_SOCKET_PORT_RANGE")
 
 _FIELD_COUNT = 15
 _DEVICE_FIELD = 6
@@ -88,39 +85,6 @@ def npu_uuid(settings: Settings, index: int) -> str:
         # npu-smi lists a process once it has used its device.
         torch.zeros(1, device=_device(index)).cpu()
     return device_uuid(index, settings=settings)
-
-
-def refuse_expandable_segments(environment: Mapping[str, str] = os.environ) -> None:
-    """Raises ConfigError: this process' allocator makes memory that cannot be exported."""
-    value = environment.get(ALLOCATOR_VARIABLE, "")
-    if "expandable_segments:true" in value.replace(" ", "").lower():
-        raise ConfigError(
-            f"{ALLOCATOR_VARIABLE}={value!r}: memory in expandable segments cannot be shared. "
-            f"Start the parameter server with {ALLOCATOR_VARIABLE}=expandable_segments:False (the engine may "
-            "keep it: vllm-ascend sets it for itself and for every process that it starts)"
-        )
-
-
-def port_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """What is wrong with the ports that hccl would use, and the remedy; None where they are set."""
-    missing = [name for name in PORT_VARIABLES if not environment.get(name)]
-    wrong = [
-        f"{name}={environment[name]!r}"
-        for name in PORT_VARIABLES
-        if name not in missing and not _PORTS.fullmatch(environment[name])
-    ]
-    if wrong:
-        return (
-            f"{' and '.join(wrong)}: neither 'auto' nor ports such as 61000-61050",
-            "set both variables to 'auto' on every rank and for the engine",
-        )
-    if missing:
-        return (
-            f"{' and '.join(missing)} not set: hccl listens on port 16666 of the NPU, where the engine's own "
-            "communicator may listen already",
-            "set both variables to 'auto' on every rank and for the engine (CANN 8.1 or newer)",
-        )
-    return None
 
 
 def _device(index: int) -> torch.device:
@@ -230,7 +194,7 @@ class ServerRing:
     """The parameter server's ring: it owns the memory."""
 
     def __init__(self, index: int, nbytes: int, event_count: int) -> None:
-        refuse_expandable_segments()
+        refuse_expandable_segments(os.environ)
         npu = load()
         self.nbytes = nbytes
         self._index = index
@@ -389,7 +353,7 @@ class NpuDevice:
 
     def __init__(self, settings: Settings, index: int) -> None:
         npu = load()
-        refuse_expandable_segments()
+        refuse_expandable_segments(os.environ)
         count = npu.device_count()
         if index >= count:
             raise ConfigError(

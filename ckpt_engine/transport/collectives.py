@@ -169,7 +169,8 @@ class HcclCollectives:
         deadline: Deadline,
         poll: Poll,
     ) -> None:
-        from ckpt_engine.devices.npu import load, port_problem
+        from ckpt_engine.devices.npu import load
+        from ckpt_engine.devices.npu_environment import port_problem
 
         npu = load()
         problem = port_problem(os.environ)

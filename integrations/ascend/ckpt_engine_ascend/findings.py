@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ckpt_engine.devices import npu
+from ckpt_engine.devices.npu_environment import PORT_VARIABLES, port_problem, refuse_expandable_segments
 from ckpt_engine.errors import CkptEngineError, ConfigError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import Settings
@@ -76,13 +77,13 @@ def _key(settings: Settings, index: int) -> Finding:
 
 
 def _environment(environment: Mapping[str, str]) -> Iterator[Finding]:
-    problem = npu.port_problem(environment)
+    problem = port_problem(environment)
     if problem:
         yield Finding("npu ports", Level.WARNING, *problem)
     else:
-        yield Finding("npu ports", Level.OK, " ".join(f"{n}={environment[n]}" for n in npu.PORT_VARIABLES))
+        yield Finding("npu ports", Level.OK, " ".join(f"{n}={environment[n]}" for n in PORT_VARIABLES))
     try:
-        npu.refuse_expandable_segments(environment)
+        refuse_expandable_segments(environment)
     except ConfigError as error:
         # The engine's own environment may be like that.
         yield Finding("npu memory", Level.WARNING, str(error))

@@ -11,7 +11,7 @@ import pytest
 from ckpt_engine_ascend import findings
 from ckpt_engine_ascend.findings import find
 
-from ckpt_engine.devices.npu import PORT_VARIABLES
+from ckpt_engine.devices.npu_environment import PORT_VARIABLES
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
 

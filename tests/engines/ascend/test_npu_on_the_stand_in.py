@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ckpt_engine.devices import detect_device, npu
+from ckpt_engine.devices.npu_environment import PORT_VARIABLES, port_problem
 from ckpt_engine.errors import ConfigError
 from tests.engines.ascend.conftest import STUB
 
@@ -51,16 +52,16 @@ def test_without_torch_npu_there_is_no_npu() -> None:
 
 
 def test_ports_that_the_engine_has_too_are_told() -> None:
-    first, second = npu.PORT_VARIABLES
+    first, second = PORT_VARIABLES
     for good in ("auto", "61000", "61000-61050", "61000-61010,62000"):
-        assert npu.port_problem({first: good, second: "auto"}) is None
+        assert port_problem({first: good, second: "auto"}) is None
     for environment, says in (
         ({}, f"{first} and {second} not set: hccl listens on port 16666"),
         ({first: "auto"}, f"{second} not set"),
         ({first: "auto", second: ""}, f"{second} not set"),
         ({first: "61000..61050", second: "auto"}, f"{first}='61000..61050': neither 'auto' nor ports"),
     ):
-        problem = npu.port_problem(environment)
+        problem = port_problem(environment)
         assert problem is not None
         assert says in problem[0]
         assert "'auto' on every rank and for the engine" in problem[1]
