@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -84,6 +85,9 @@ class Settings(BaseSettings):
         30, gt=2, validation_alias=AliasChoices("stall_timeout", "CKPT_ENGINE_STALL_TIMEOUT")
     )
 
+    collectives: Literal["torch", "vllm_hccl"] = Field(
+        "torch", validation_alias=AliasChoices("collectives", "CKPT_ENGINE_COLLECTIVES")
+    )
     release_groups: bool = Field(
         False, validation_alias=AliasChoices("release_groups", "CKPT_ENGINE_RELEASE_GROUPS")
     )

@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 
 from ckpt_engine.devices.handles import NpuRing
-from ckpt_engine.devices.npu_environment import refuse_expandable_segments
+from ckpt_engine.devices.npu_environment import refuse_expandable_segments, require_execution_timeout
 from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
 from ckpt_engine.host_memory import HostMemoryPinner
 from ckpt_engine.settings import Settings
@@ -347,7 +347,6 @@ class NpuDevice:
     """npu:`index` of this process."""
 
     type = "npu"
-    collectives = "hccl"
     pinner: HostMemoryPinner | None = None
     """Pinning host memory in place is not offered: files below /dev/shm are copied."""
 
@@ -361,6 +360,9 @@ class NpuDevice:
                 "ranks that share this host's devices, or check ASCEND_RT_VISIBLE_DEVICES (ids must ascend)"
             )
         self.index = index
+        self.collectives: str = "hccl" if settings.collectives == "torch" else settings.collectives
+        if self.collectives == "vllm_hccl":
+            require_execution_timeout(os.environ)
         # Else calls without a device would give this process a context on NPU 0, too.
         npu.set_device(index)
         self._uuid = npu_uuid(settings, index)

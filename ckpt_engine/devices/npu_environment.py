@@ -9,6 +9,7 @@ from ckpt_engine.errors import ConfigError
 
 ALLOCATOR_VARIABLE = "PYTORCH_NPU_ALLOC_CONF"
 PORT_VARIABLES = ("HCCL_NPU_SOCKET_PORT_RANGE", "HCCL_HOST_SOCKET_PORT_RANGE")
+EXECUTION_TIMEOUT = "HCCL_EXEC_TIMEOUT"
 
 _PORTS = re.compile(r"auto|\d+(-\d+)?(,\d+(-\d+)?)*")
 
@@ -44,3 +45,14 @@ def port_problem(environment: Mapping[str, str]) -> tuple[str, str] | None:
             "set both variables to 'auto' on every rank and for the engine (CANN 8.1 or newer)",
         )
     return None
+
+
+def require_execution_timeout(environment: Mapping[str, str]) -> None:
+    """Raises ConfigError: a broadcast that nobody can abort might wait for a lost rank for ever."""
+    value = environment.get(EXECUTION_TIMEOUT, "")
+    if not value.isdecimal() or int(value) == 0:
+        raise ConfigError(
+            f"CKPT_ENGINE_COLLECTIVES=vllm_hccl needs {EXECUTION_TIMEOUT} (it is {value!r}): vllm-ascend's "
+            "communicator cannot be aborted, so a broadcast whose root is gone ends only then. Set it to "
+            "more seconds than the longest broadcast takes, such as 60, on every rank"
+        )

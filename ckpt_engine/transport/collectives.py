@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateTimeout
+from ckpt_engine.errors import ConfigError, ErrorRecord, PeerLost, UpdateTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ Poll = Callable[[], object]
 class Collectives(Protocol):
     """A private group of ranks. All members call in the same order; none touches the default group.
 
-    vLLM's stateless groups (`vllm_nccl`, `vllm_hccl`) are further implementations of this.
+    vLLM's stateless groups for CUDA (`vllm_nccl`) would be a further implementation of this.
     """
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
@@ -169,13 +169,7 @@ class HcclCollectives:
         deadline: Deadline,
         poll: Poll,
     ) -> None:
-        from ckpt_engine.devices.npu import load
-        from ckpt_engine.devices.npu_environment import port_problem
-
-        npu = load()
-        problem = port_problem(os.environ)
-        if problem:
-            logger.warning("%s: %s", *problem)
+        npu = _npu_with_ports()
         kind = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
         options = kind.Options()
         options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
@@ -208,6 +202,100 @@ class HcclCollectives:
             group.abort_hccl_comm("ckpt-engine drops the group")
 
 
+class VllmHcclCollectives:
+    """hccl through vllm-ascend's own communicator: nothing of torch.distributed's but our store.
+
+    It cannot be aborted: a broadcast whose root is gone ends at HCCL_EXEC_TIMEOUT: NpuDevice wants it set.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        prefix: str,
+        place: int,
+        size: int,
+        device_index: int,
+        deadline: Deadline,
+        poll: Poll,
+    ) -> None:
+        self._npu = _npu_with_ports()
+        self._index = device_index
+        try:
+            kind = importlib.import_module("vllm_ascend.distributed.device_communicators.pyhccl")
+            stateless = importlib.import_module("vllm.distributed.utils").StatelessProcessGroup
+        except ImportError as error:
+            raise ConfigError(
+                f"CKPT_ENGINE_COLLECTIVES=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
+            ) from error
+
+        def make() -> Any:  # noqa: ANN401 - vllm-ascend has no types
+            self._npu.set_device(device_index)
+            group = _stateless_group(stateless, _own(store, prefix), place, size)
+            made = kind.PyHcclCommunicator(group, torch.device("npu", device_index))
+            if made.disabled:
+                # Its broadcasts would do nothing, in silence.
+                raise RuntimeError("vllm-ascend cannot load hccl's library: set HCCL_SO_PATH")
+            return made
+
+        self._communicator: Any = _in_thread(make, deadline, poll)
+
+    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
+        assert self._communicator is not None
+        poll()
+        try:
+            # Without a stream it takes the one that was current when vllm-ascend first asked.
+            self._communicator.broadcast(tensor, root, stream=self._npu.current_stream(self._index))
+        except RuntimeError as error:
+            raise _broken("a broadcast could not be enqueued", error) from error
+
+    def close(self) -> None:
+        held, self._communicator = self._communicator, None
+        if held is not None:
+            # Ending it waits for what is enqueued; the process must not wait with it.
+            thread = threading.Thread(
+                target=_end_communicator, args=(held,), name="ckpt-engine-group-end", daemon=True
+            )
+            thread.start()
+            thread.join(CLOSE_SECONDS)
+
+
+def _end_communicator(communicator: Any) -> None:  # noqa: ANN401
+    try:
+        if hasattr(communicator, "close"):
+            communicator.close()
+        else:  # vllm-ascend up to 0.23
+            communicator.hccl.hcclCommDestroy(communicator.comm)
+    except RuntimeError as error:
+        logger.warning("hccl, while a communicator ended: %s", error)
+
+
+def _stateless_group(base: Any, store: Store, place: int, size: int) -> Any:  # noqa: ANN401
+    """What vllm-ascend's communicator needs of a StatelessProcessGroup: two numbers, and a way to hand on its
+    id. vLLM's own pickles that, through a store on one more port."""
+
+    def broadcast_obj(self: Any, obj: Any, src: int) -> Any:  # noqa: ANN401
+        if src == place:
+            store.set("id", bytes(obj).hex())
+            return obj
+        return type(obj).from_buffer_copy(bytes.fromhex(store.get("id").decode()))
+
+    # Not made by its own constructor, whose fields differ between versions.
+    group: Any = object.__new__(type("StoreGroup", (base,), {"broadcast_obj": broadcast_obj}))
+    group.rank, group.world_size = place, size
+    return group
+
+
+def _npu_with_ports() -> Any:  # noqa: ANN401 - torch.npu has no types
+    """`torch.npu`, and a warning where hccl's ports may be the engine's."""
+    from ckpt_engine.devices.npu import load
+    from ckpt_engine.devices.npu_environment import port_problem
+
+    problem = port_problem(os.environ)
+    if problem:
+        logger.warning("%s: %s", *problem)
+    return load()
+
+
 def make_group(
     kind: str,
     store: Store,
@@ -228,6 +316,8 @@ def make_group(
         return NcclCollectives(store, name, place, size, device_index, deadline, poll)
     if kind == "hccl":
         return HcclCollectives(store, name, place, size, device_index, deadline, poll)
+    if kind == "vllm_hccl":
+        return VllmHcclCollectives(store, name, place, size, device_index, deadline, poll)
     return GlooCollectives(store, name, place, size, deadline, poll)
 
 

@@ -43,6 +43,7 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_API_TOKEN": ("api_token", "open-sesame", SecretStr("open-sesame")),
     "CKPT_ENGINE_LOAD_THREADS": ("load_threads", "2", 2),
     "CKPT_ENGINE_HUGE_PAGES": ("huge_pages", "false", False),
+    "CKPT_ENGINE_COLLECTIVES": ("collectives", "vllm_hccl", "vllm_hccl"),
     "CKPT_ENGINE_RELEASE_GROUPS": ("release_groups", "1", True),
     "CKPT_ENGINE_INPLACE_PIN": ("inplace_pin", "true", True),
 }
@@ -66,6 +67,8 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
+    if value == "vllm_hccl":
+        return "torch"
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 
 
@@ -118,6 +121,7 @@ def test_other_programs_variables_are_not_read(monkeypatch: pytest.MonkeyPatch, 
         ("CKPT_ENGINE_LOAD_THREADS", "0", "greater than or equal to 1"),
         ("CKPT_ENGINE_HUGE_PAGES", "maybe", "valid boolean"),
         ("CKPT_ENGINE_INPLACE_PIN", "2", "valid boolean"),
+        ("CKPT_ENGINE_COLLECTIVES", "nccl", "Input should be 'torch' or 'vllm_hccl'"),
     ],
 )
 def test_a_bad_value_is_refused_by_the_variables_name_with_what_it_may_be(

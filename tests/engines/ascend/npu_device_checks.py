@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,12 +14,14 @@ from ckpt_engine_ascend import identity
 from ckpt_engine_ascend.findings import find
 from torch.multiprocessing import reductions
 
+from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import detect_device, device_count, make_device, map_ring, npu
 from ckpt_engine.devices.handles import NpuRing, RingHandle
 from ckpt_engine.devices.npu import ServerRing, WorkerRing
-from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
+from ckpt_engine.errors import ConfigError, DeviceError, PeerLost, ProtocolError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
+from ckpt_engine.transport.collectives import make_group
 from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP
 
 NBYTES = 1 << 20
@@ -292,3 +295,34 @@ def test_the_doctor_tells_each_npus_key(monkeypatch: pytest.MonkeyPatch) -> None
     assert doctor("a5")["npu 0"].message == f"NPU-{IP}-0"
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "")
     assert "sees no NPU" in doctor("a5")["torch_npu"].message
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "-1", "soon"])
+def test_a_group_that_cannot_be_aborted_needs_an_end(
+    monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
+    monkeypatch.setenv("CKPT_ENGINE_COLLECTIVES", "vllm_hccl")
+    if value is not None:
+        monkeypatch.setenv("HCCL_EXEC_TIMEOUT", value)
+    with pytest.raises(ConfigError, match="needs HCCL_EXEC_TIMEOUT"):
+        make_device("npu", load_settings(), 0)
+    monkeypatch.setenv("HCCL_EXEC_TIMEOUT", "60")
+    assert make_device("npu", load_settings(), 0).collectives == "vllm_hccl"
+    with pytest.raises(ConfigError, match="is for NPUs"):
+        make_device("cpu", load_settings(), 0)
+
+
+def test_a_communicator_that_would_do_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-ascend's does, without a word, where it cannot load hccl."""
+    monkeypatch.setenv("FAKE_NO_HCCL_LIBRARY", "1")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    with pytest.raises(PeerLost, match="HCCL_SO_PATH"):
+        make_group("vllm_hccl", store, "members", 0, 2, 0, Deadline.after(30), lambda: None)
+
+
+def test_without_vllm_ascend_its_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm_ascend.distributed.device_communicators.pyhccl", None)
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    with pytest.raises(ConfigError, match="needs vllm and vllm-ascend"):
+        make_group("vllm_hccl", store, "members", 0, 2, 0, Deadline.after(30), lambda: None)

@@ -61,6 +61,8 @@ class Rank:
             if isinstance(error, UpdateError):
                 entry["record"] = error.record.to_dict()
         entry["seconds"] = time.monotonic() - started
+        group = self.ps._me and self.ps._me.group
+        entry["group"] = type(group).__name__ if group else None
         entry["worker"] = self.worker.last
         entry["free"] = load_npu().mem_get_info(self.index)[0]
         self.results[scenario] = entry

@@ -52,6 +52,12 @@ def make_checkpoint(directory: Path, seed: int) -> dict[str, str]:
 WORLDS: dict[str, dict[str, str]] = {
     # NPUs of their own, named by logic ids, since npu-smi shows the host's pids; hccl between them.
     "two": {"FAKE_NPU_SMI_SCENARIO": "a2_privileged_hostpid"},
+    # The same, through vllm-ascend's communicator.
+    "stateless": {
+        "FAKE_NPU_SMI_SCENARIO": "a2_privileged_hostpid",
+        "CKPT_ENGINE_COLLECTIVES": "vllm_hccl",
+        "HCCL_EXEC_TIMEOUT": "2",
+    },
     # One NPU for both: gloo through host memory; keys by environment.
     "shared": {"FAKE_NPU_SMI_SCENARIO": "dcmi_fail", "FAKE_NPU_COUNT": "1", "TEST_SHARED_NPU": "1"},
     # A container that has NPU 5: there the worker finds its pid, and the parameter server its logic id.
@@ -162,8 +168,16 @@ def test_a_killed_worker_ends_the_update_on_every_rank(world: World) -> None:
 def test_both_sides_found_the_same_key(world: World) -> None:
     keys = {
         "two": [f"NPU-{IP}-0", f"NPU-{IP}-1"],
+        "stateless": [f"NPU-{IP}-0", f"NPU-{IP}-1"],
         "shared": ["NPU-test-0", "NPU-test-1"],
         "lone": [f"NPU-{IP}-5"],
     }
     assert [rank["uuid"] for rank in world.ranks] == keys[world.kind]
     assert [entry["worker"]["status"]["device"] for entry in world.results("first")] == keys[world.kind]
+
+
+def test_the_groups_are_those_that_were_asked_for(world: World) -> None:
+    kinds = {"two": "HcclCollectives", "stateless": "VllmHcclCollectives", "shared": "GlooCollectives"}
+    for scenario in GOOD:
+        for entry in world.results(scenario):
+            assert entry["group"] == kinds.get(world.kind)

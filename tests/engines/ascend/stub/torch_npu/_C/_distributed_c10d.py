@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from torch_npu.streams import current_stream
+from torch_npu.streams import Stream, current_stream
 from torch_npu.tensor import NpuTensor
 
 
@@ -19,6 +21,7 @@ class _Work:
         self._group, self._tensor, self._options = group, tensor, options
         self._thread: threading.Thread | None = None
         self._failed: list[Exception] = []
+        self._ends = float("inf")
 
     def _run(self) -> None:
         try:
@@ -32,13 +35,19 @@ class _Work:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="fake-hccl", daemon=True)
             self._thread.start()
+            self._ends = time.monotonic() + float(os.environ.get("HCCL_EXEC_TIMEOUT", "1836"))
         self._thread.join(0.001)
+        if self._thread.is_alive() and time.monotonic() > self._ends:
+            raise RuntimeError("HCCL task timed out (HCCL_EXEC_TIMEOUT), error code is 507048")
         if self._failed:
             raise RuntimeError(f"HCCL broadcast failed: {self._failed[0]}")
         return not self._thread.is_alive()
 
     def wait(self) -> None:
-        current_stream().enqueue(self._step)
+        self.enqueue(current_stream())
+
+    def enqueue(self, stream: Stream) -> None:
+        stream.enqueue(self._step)
 
 
 class ProcessGroupHCCL:
