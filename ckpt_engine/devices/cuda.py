@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import resource
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
 from ckpt_engine.devices import cudart
+from ckpt_engine.devices.draining import drained
 from ckpt_engine.devices.handles import CudaRing
 from ckpt_engine.errors import ConfigError, DeviceError, HostMemoryError, ProtocolError
 from ckpt_engine.host_memory import HostMemoryPinner
@@ -23,8 +23,6 @@ from ckpt_engine.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 5.0
-"""How long a worker that leaves early waits for its own reloads before it unmaps what they read."""
 MAX_EVENTS = 65536
 """More slots than that are no sensible ring."""
 
@@ -187,15 +185,9 @@ class WorkerRing:
         torch.cuda.ipc_collect()
 
     def _drained(self) -> bool:
-        """Whether the reloads enqueued so far are done; the engine's own work before them may take long."""
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._index))
-        until = time.monotonic() + DRAIN_SECONDS
-        while not done.query():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.0005)
-        return True
+        return drained(done)
 
 
 class CudaStaging:

@@ -21,13 +21,13 @@ import importlib.util
 import logging
 import os
 import struct
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
 
+from ckpt_engine.devices.draining import drained
 from ckpt_engine.devices.handles import NpuRing
 from ckpt_engine.devices.npu_environment import refuse_expandable_segments, require_execution_timeout
 from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
@@ -36,8 +36,6 @@ from ckpt_engine.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-DRAIN_SECONDS = 5.0
-"""How long a worker that leaves early waits for its own reloads before it unmaps what they read."""
 
 _FIELD_COUNT = 15
 _DEVICE_FIELD = 6
@@ -294,16 +292,10 @@ class WorkerRing:
         load().ipc_collect()
 
     def _drained(self) -> bool:
-        """Whether the reloads enqueued so far are done; the engine's own work before them may take long."""
         npu = load()
         done = npu.Event()
         done.record(npu.current_stream(self._index))
-        until = time.monotonic() + DRAIN_SECONDS
-        while not done.query():
-            if time.monotonic() > until:
-                return False
-            time.sleep(0.0005)
-        return True
+        return drained(done)
 
 
 _STILL_READ: list[torch.Tensor] = []

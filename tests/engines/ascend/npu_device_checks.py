@@ -15,7 +15,7 @@ from ckpt_engine_ascend.findings import find
 from torch.multiprocessing import reductions
 
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import detect_device, device_count, make_device, map_ring, npu
+from ckpt_engine.devices import detect_device, device_count, draining, make_device, map_ring, npu
 from ckpt_engine.devices.handles import NpuRing, RingHandle
 from ckpt_engine.devices.npu import ServerRing, WorkerRing
 from ckpt_engine.errors import ConfigError, DeviceError, PeerLost, ProtocolError
@@ -140,7 +140,7 @@ def test_a_bucket_is_given_back_once_it_was_read() -> None:
 def test_a_ring_that_is_still_read_stays_mapped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(npu, "DRAIN_SECONDS", 0.01)
+    monkeypatch.setattr(draining, "DRAIN_SECONDS", 0.01)
     ring = ServerRing(0, NBYTES, 1)
     mapped = WorkerRing(0, ring.handle())
     done = False
