@@ -32,10 +32,14 @@ VICTIM_BUCKETS = {"first": 0, "middle": 2, "last": -1}
 class Worker:
     """The worker process of this rank's device."""
 
+    module = "tests.support.worker"
+    index_variable = "CKPT_ENGINE_CPU_DEVICES"
+    """How it is told which device is its own."""
+
     def __init__(self, local_rank: int, **environment: str) -> None:
-        env = os.environ | {"CKPT_ENGINE_CPU_DEVICES": str(local_rank)} | environment
+        env = os.environ | {self.index_variable: str(local_rank)} | environment
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.worker"],
+            [sys.executable, "-m", self.module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

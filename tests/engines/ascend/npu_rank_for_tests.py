@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,18 +28,8 @@ TIMEOUT = 60.0
 class NpuWorker(Worker):
     """The worker process of this rank's device."""
 
-    def __init__(self, index: int, **environment: str) -> None:
-        env = os.environ | {"TEST_INDEX": str(index)} | environment
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.engines.ascend.npu_worker_for_tests"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
-        self.pid = self._read()["pid"]
-        self.last: dict[str, Any] = {}
-        self.asked = False
+    module = "tests.engines.ascend.npu_worker_for_tests"
+    index_variable = "TEST_INDEX"
 
 
 class Rank:
