@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -109,8 +109,12 @@ class GlooCollectives:
             thread.join(CLOSE_SECONDS)
 
 
-class NcclCollectives:
-    """nccl on its own prefix of the store: one CUDA device for each member."""
+class _DeviceGroup:
+    """What groups of devices with streams have in common: a broadcast is only enqueued, on the current one.
+
+    A kind forms its group, which may take until the last member comes, so in a thread of its own; enqueues a
+    broadcast; and ends a group in which others may still wait.
+    """
 
     def __init__(
         self,
@@ -122,104 +126,89 @@ class NcclCollectives:
         deadline: Deadline,
         poll: Poll,
     ) -> None:
-        self._device = torch.device("cuda", device_index)
-        options = dist.ProcessGroupNCCL.Options()
-        # Our own watcher aborts; nccl's must not take the process down with it.
-        options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
-
-        def make() -> dist.ProcessGroupNCCL:
-            torch.cuda.set_device(self._device)
-            group = dist.ProcessGroupNCCL(_own(store, prefix), place, size, options)
-            # The communicator is made by the first collective: here, where a lost member can be noticed.
-            group.eager_connect_single_device(self._device)
-            return group
-
-        self._group: dist.ProcessGroupNCCL | None = _in_thread(make, deadline, poll)
+        self._index = device_index
+        timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
+        self._group: Any = _in_thread(
+            lambda: self._form(_own(store, prefix), place, size, timeout), deadline, poll
+        )
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
         assert self._group is not None
         poll()
         try:
-            # Waiting for nccl's work only makes the current stream wait.
-            self._group.broadcast([tensor], _options(root)).wait()  # type: ignore[attr-defined]
+            self._enqueue(tensor, root)
         except RuntimeError as error:
             raise _broken("a broadcast could not be enqueued", error) from error
 
     def close(self) -> None:
         group, self._group = self._group, None
         if group is not None:
-            # Releases kernels that wait for a member that will never come.
-            group.abort()
+            self._end(group)
+
+    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
+        """The group, with its communicator: what the first collective would make is made here, where a lost
+        member can be noticed. `timeout`: when the group itself may give up, beyond our own deadline."""
+        raise NotImplementedError
+
+    def _enqueue(self, tensor: torch.Tensor, root: int) -> None:
+        # Waiting for the work only makes the current stream wait.
+        self._group.broadcast([tensor], _options(root)).wait()
+
+    def _end(self, group: Any) -> None:  # noqa: ANN401 - each kind's own
+        raise NotImplementedError
 
 
-class HcclCollectives:
+class NcclCollectives(_DeviceGroup):
+    """nccl on its own prefix of the store: one CUDA device for each member."""
+
+    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
+        device = torch.device("cuda", self._index)
+        options = dist.ProcessGroupNCCL.Options()
+        # Our own watcher aborts; nccl's must not take the process down with it.
+        options._timeout = timeout
+        torch.cuda.set_device(device)
+        group = dist.ProcessGroupNCCL(store, place, size, options)
+        group.eager_connect_single_device(device)
+        return group
+
+    def _end(self, group: Any) -> None:  # noqa: ANN401
+        # Releases kernels that wait for a member that will never come.
+        group.abort()
+
+
+class HcclCollectives(_DeviceGroup):
     """hccl on its own prefix of the store: one NPU for each member.
 
     Its ports may be those of the engine's own communicator on the same NPU: see
     integrations/ascend/README.md.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        prefix: str,
-        place: int,
-        size: int,
-        device_index: int,
-        deadline: Deadline,
-        poll: Poll,
-    ) -> None:
+    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
         npu = _npu_with_ports()
         kind = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
         options = kind.Options()
-        options._timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
+        options._timeout = timeout
         options.is_high_priority_stream = False
+        npu.set_device(self._index)
+        group = kind(store, place, size, options)
+        first = torch.zeros(1, dtype=torch.uint8, device=torch.device("npu", self._index))
+        group.broadcast([first], _options(0)).wait()
+        npu.current_stream(self._index).synchronize()
+        return group
 
-        def make() -> Any:  # noqa: ANN401 - torch_npu has no types
-            npu.set_device(device_index)
-            group = kind(_own(store, prefix), place, size, options)
-            # The communicator is made by the first collective: here, where a lost member can be noticed.
-            first = torch.zeros(1, dtype=torch.uint8, device=torch.device("npu", device_index))
-            group.broadcast([first], _options(0)).wait()
-            npu.current_stream(device_index).synchronize()
-            return group
-
-        self._group: Any = _in_thread(make, deadline, poll)
-
-    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
-        assert self._group is not None
-        poll()
-        try:
-            # Waiting for hccl's work only makes the current stream wait.
-            self._group.broadcast([tensor], _options(root)).wait()
-        except RuntimeError as error:
-            raise _broken("a broadcast could not be enqueued", error) from error
-
-    def close(self) -> None:
-        group, self._group = self._group, None
-        if group is not None:
-            # Releases what waits on the device for a member that will never come.
-            group.abort_hccl_comm("ckpt-engine drops the group")
+    def _end(self, group: Any) -> None:  # noqa: ANN401
+        # Releases what waits on the device for a member that will never come.
+        group.abort_hccl_comm("ckpt-engine drops the group")
 
 
-class VllmHcclCollectives:
+class VllmHcclCollectives(_DeviceGroup):
     """hccl through vllm-ascend's own communicator: nothing of torch.distributed's but our store.
 
     It cannot be aborted: a broadcast whose root is gone ends at HCCL_EXEC_TIMEOUT: NpuDevice wants it set.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        prefix: str,
-        place: int,
-        size: int,
-        device_index: int,
-        deadline: Deadline,
-        poll: Poll,
-    ) -> None:
-        self._npu = _npu_with_ports()
-        self._index = device_index
+    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
+        npu = _npu_with_ports()
         try:
             kind = importlib.import_module("vllm_ascend.distributed.device_communicators.pyhccl")
             stateless = importlib.import_module("vllm.distributed.utils").StatelessProcessGroup
@@ -227,36 +216,26 @@ class VllmHcclCollectives:
             raise ConfigError(
                 f"CKPT_ENGINE_COLLECTIVES=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
             ) from error
+        npu.set_device(self._index)
+        group = _stateless_group(stateless, store, place, size)
+        made = kind.PyHcclCommunicator(group, torch.device("npu", self._index))
+        if made.disabled:
+            # Its broadcasts would do nothing, in silence.
+            raise ConfigError("vllm-ascend cannot load hccl's library: set HCCL_SO_PATH")
+        return cast(object, made)
 
-        def make() -> Any:  # noqa: ANN401 - vllm-ascend has no types
-            self._npu.set_device(device_index)
-            group = _stateless_group(stateless, _own(store, prefix), place, size)
-            made = kind.PyHcclCommunicator(group, torch.device("npu", device_index))
-            if made.disabled:
-                # Its broadcasts would do nothing, in silence.
-                raise RuntimeError("vllm-ascend cannot load hccl's library: set HCCL_SO_PATH")
-            return made
+    def _enqueue(self, tensor: torch.Tensor, root: int) -> None:
+        stream = cast(Any, torch).npu.current_stream(self._index)
+        # Without a stream it takes the one that was current when vllm-ascend first asked.
+        self._group.broadcast(tensor, root, stream=stream)
 
-        self._communicator: Any = _in_thread(make, deadline, poll)
-
-    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
-        assert self._communicator is not None
-        poll()
-        try:
-            # Without a stream it takes the one that was current when vllm-ascend first asked.
-            self._communicator.broadcast(tensor, root, stream=self._npu.current_stream(self._index))
-        except RuntimeError as error:
-            raise _broken("a broadcast could not be enqueued", error) from error
-
-    def close(self) -> None:
-        held, self._communicator = self._communicator, None
-        if held is not None:
-            # Ending it waits for what is enqueued; the process must not wait with it.
-            thread = threading.Thread(
-                target=_end_communicator, args=(held,), name="ckpt-engine-group-end", daemon=True
-            )
-            thread.start()
-            thread.join(CLOSE_SECONDS)
+    def _end(self, group: Any) -> None:  # noqa: ANN401
+        # Ending it waits for what is enqueued; the process must not wait with it.
+        thread = threading.Thread(
+            target=_end_communicator, args=(group,), name="ckpt-engine-group-end", daemon=True
+        )
+        thread.start()
+        thread.join(CLOSE_SECONDS)
 
 
 def _end_communicator(communicator: Any) -> None:  # noqa: ANN401
@@ -355,6 +334,8 @@ def _in_thread(make: Callable[[], _G], deadline: Deadline, poll: Poll) -> _G:
         poll()
         if deadline.passed and thread.is_alive():
             raise _late("the ranks did not form a group")
+    if failed and isinstance(failed[0], ConfigError):
+        raise failed[0]
     if failed:
         raise _broken("the ranks could not form a group", failed[0]) from failed[0]
     return made[0]

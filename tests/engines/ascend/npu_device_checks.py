@@ -18,7 +18,7 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import detect_device, device_count, draining, make_device, map_ring, npu
 from ckpt_engine.devices.handles import NpuRing, RingHandle
 from ckpt_engine.devices.npu import ServerRing, WorkerRing
-from ckpt_engine.errors import ConfigError, DeviceError, PeerLost, ProtocolError
+from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.collectives import make_group
@@ -317,7 +317,7 @@ def test_a_communicator_that_would_do_nothing_is_refused(monkeypatch: pytest.Mon
     """vllm-ascend's does, without a word, where it cannot load hccl."""
     monkeypatch.setenv("FAKE_NO_HCCL_LIBRARY", "1")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
-    with pytest.raises(PeerLost, match="HCCL_SO_PATH"):
+    with pytest.raises(ConfigError, match="HCCL_SO_PATH"):
         make_group("vllm_hccl", store, "members", 0, 2, 0, Deadline.after(30), lambda: None)
 
 
