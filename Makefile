@@ -3,9 +3,11 @@
 #   PYTHON   the interpreter that makes the virtual environment (3.10 or newer)
 #   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
+#   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
 ARGS ?=
+VENV_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ckpt-engine/venvs
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -14,7 +16,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu check lock clean
+.PHONY: help demo test test-faults test-gpu test-vllm check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and wo
 
 test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+test-vllm: .venv-vllm/.stamp  ## Runs the tests on real vLLM (CPU)
+	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .
@@ -48,6 +53,30 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "Installing ckpt-engine and its tools, at the versions of constraints.txt ..."
 	@$(PIP) install hatchling -c constraints.txt
 	@$(PIP) install --no-build-isolation -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# An engine's packages lie in VENV_CACHE, under the hash of their lock, for every clone to use. A clone's own
+# environment is small: a path to those, and this package in place.
+VLLM_LOCK := integrations/vllm/constraints.txt
+VLLM_PACKAGES = $(VENV_CACHE)/vllm-$(shell sha256sum $(VLLM_LOCK) | cut -c1-16)
+
+.venv-vllm/.stamp: $(VLLM_LOCK) pyproject.toml Makefile
+	@mkdir -p $(VENV_CACHE)
+	@flock $(VLLM_PACKAGES).lock $(MAKE) --no-print-directory $(VLLM_PACKAGES)/.stamp
+	@echo "Making .venv-vllm ..."
+	@rm -rf .venv-vllm
+	@$(VLLM_PACKAGES)/bin/python -m venv --without-pip .venv-vllm
+	@ls -d $(VLLM_PACKAGES)/lib/python*/site-packages > $$(ls -d .venv-vllm/lib/python*/site-packages)/packages.pth
+	@$(VLLM_PACKAGES)/bin/python -m pip -qq --disable-pip-version-check --python .venv-vllm/bin/python \
+	  install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VLLM_PACKAGES)/.stamp:
+	@echo "Making $(VLLM_PACKAGES), which takes minutes and 3.5 GB, once ..."
+	@rm -rf $(VLLM_PACKAGES)
+	@$(PYTHON) -m venv $(VLLM_PACKAGES)
+	@$(VLLM_PACKAGES)/bin/python -m pip -qq --disable-pip-version-check install --no-deps -r $(VLLM_LOCK) || \
+	  { $(subst $(TORCH),an engine's packages,$(TORCH_HELP)); exit 1; }
 	@touch $@
 
 # Never another build in its place: the default one of the package index brings gigabytes of CUDA.
@@ -79,5 +108,5 @@ endef
 export LOCK
 
 clean:  ## Removes the virtual environment, caches and build products
-	rm -rf $(VENV) build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
