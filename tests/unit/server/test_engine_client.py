@@ -23,6 +23,7 @@ from ckpt_engine.server import engine_client
 from ckpt_engine.server.engine_client import (
     MAX_ERROR_NBYTES,
     call_engine,
+    post_to_engine,
     request_inference_to_update,
     wait_until_healthy,
 )
@@ -205,6 +206,28 @@ def test_many_failed_workers_are_all_counted(engine: FakeEngine, url: str) -> No
 def test_any_other_result_is_a_failure(engine: FakeEngine, url: str, result: object) -> None:
     engine.answer({"results": [None, result]})
     assert "worker 1" in failure(url)
+
+
+def test_a_key_and_further_arguments_are_sent_when_given(engine: FakeEngine, url: str) -> None:
+    engine.answer({"results": [COMMITTED]})
+    request_inference_to_update(url, PATHS, timeout=7, api_key="secret", options={"partial": True})
+    ((_, _, headers, body),) = engine.requests
+    assert headers["authorization"] == "Bearer secret"
+    assert json.loads(body)["kwargs"] == {"partial": True}
+
+
+def test_a_route_of_the_engine(engine: FakeEngine, url: str) -> None:
+    url = url.replace("collective_rpc", "pause?mode=keep")
+    engine.answer({"status": "paused"})
+    assert post_to_engine(url, 5, body={"a": 1}) == {"status": "paused"}
+    engine.body = b""
+    assert post_to_engine(url, 5, api_key="secret") is None
+    assert [request[:2] for request in engine.requests] == [("POST", "/pause?mode=keep")] * 2
+    assert [request[3] for request in engine.requests] == [b'{"a": 1}', b""]
+    assert engine.requests[1][2]["authorization"] == "Bearer secret"
+    engine.answer({"error": "no scheduler"}, 500)
+    with pytest.raises(EngineRequestError, match="answered /pause with HTTP 500: no scheduler"):
+        post_to_engine(url, 5)
 
 
 def test_no_worker_at_all_is_a_failure(engine: FakeEngine, url: str) -> None:
