@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -84,6 +85,10 @@ class Settings(BaseSettings):
         30, gt=2, validation_alias=AliasChoices("stall_timeout", "CKPT_ENGINE_STALL_TIMEOUT")
     )
 
+    # Ours: whose groups carry the broadcasts
+    custom_dist: Literal["auto", "vllm_nccl", "vllm_gloo"] = Field(
+        "auto", validation_alias=AliasChoices("custom_dist", "CKPT_ENGINE_CUSTOM_DIST")
+    )
     release_groups: bool = Field(
         False, validation_alias=AliasChoices("release_groups", "CKPT_ENGINE_RELEASE_GROUPS")
     )

@@ -20,7 +20,7 @@ from ckpt_engine.cli import Verbose
 from ckpt_engine.cli.inspect import inspect_checkpoint
 from ckpt_engine.cli.plan import plan_update
 from ckpt_engine.cli.serve import serve
-from ckpt_engine.cli.update import update
+from ckpt_engine.cli.update import UpdateCommand, update
 from ckpt_engine.errors import CkptEngineError, ConfigError, UpdateError
 
 P = ParamSpec("P")
@@ -111,7 +111,7 @@ def _options(
     """Puts new weights into running LLM inference engines, in place."""
 
 
-app.command("update")(reported(update))
+app.command("update", cls=UpdateCommand)(reported(update))
 app.command("serve")(reported(serve))
 app.command("inspect")(reported(inspect_checkpoint))
 app.command("plan")(reported(plan_update))

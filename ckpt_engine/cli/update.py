@@ -12,13 +12,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from typer.core import TyperCommand
 
 from ckpt_engine.cli import Verbose, format_nbytes
 from ckpt_engine.errors import CheckpointFormatError, ConfigError
@@ -38,6 +39,13 @@ class UpdateMethod(str, Enum):
     BROADCAST = "broadcast"
     P2P = "p2p"
     ALL = "all"
+
+
+class Engine(str, Enum):
+    """Which engine listens at the endpoint."""
+
+    ANY = "any"
+    VLLM = "vllm"
 
 
 class Split(str, Enum):
@@ -150,6 +158,37 @@ def update(
         int | None,
         typer.Option(min=1, help="Ranks per inference group, i.e. per engine.", show_default="world size"),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="any: one that only has /health and /collective_rpc. vllm: also pauses generation (--pause) "
+            "and resets the prefix cache."
+        ),
+    ] = Engine.ANY,
+    pause: Annotated[
+        str,
+        typer.Option(
+            help="With --engine vllm, requests that are being answered: none (they go on with the new "
+            "weights), keep (so, and new ones queue up), wait (they finish first) or abort."
+        ),
+    ] = "none",
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="With --engine vllm: modules that nothing is sent for keep their weights."
+        ),
+    ] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native",
+            help="With --engine vllm: go through vLLM's weight-transfer routes; see its README.",
+        ),
+    ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="VLLM_API_KEY", help="With --engine vllm: the server's key.", show_default=False),
+    ] = None,
     uds: Annotated[
         str | None,
         typer.Option(help="Reach the engine on this Unix socket; {group} stands for the group's number."),
@@ -181,13 +220,13 @@ def update(
         float, typer.Option(callback=_positive, help="Seconds to wait for the engine's /health.")
     ] = 600.0,
     custom_dist: Annotated[
-        bool,
+        str,
         typer.Option(
             "--custom-dist",
-            help="Accepted, without effect: the groups are always the parameter servers' own, chosen "
-            "automatically, and leave torch's default group alone.",
+            help="vllm_nccl or vllm_gloo: broadcast through vLLM's stateless groups. Alone, or auto: through "
+            "groups chosen automatically. None of them touches torch's default group.",
         ),
-    ] = False,
+    ] = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
@@ -206,12 +245,11 @@ def update(
 
     from ckpt_engine.metadata import metas_to_json
     from ckpt_engine.parameter_server import ParameterServer
-    from ckpt_engine.server.engine_client import (
-        request_inference_to_update,
-        request_timeout,
-        wait_until_healthy,
-    )
+    from ckpt_engine.server.engine_client import request_timeout
 
+    if custom_dist != "auto":
+        os.environ["CKPT_ENGINE_CUSTOM_DIST"] = custom_dist
+    make_engine = _engine_maker(engine, pause, api_key, partial=partial, native=native)
     with ParameterServer() as ps:
         leads = ps.rank == 0
         group = inference_group(
@@ -226,28 +264,28 @@ def update(
             _check_can_be_written(report_file, "--report-file")
         stages = Stages(shown=leads)
         asks = ps.rank == group.first
+        target = make_engine(group)
 
         def ask_engine(socket_paths: SocketPaths) -> None:
             if asks:
-                request_inference_to_update(
-                    f"{group.endpoint}/collective_rpc",
-                    group.part(socket_paths),
-                    request_timeout(timeout),
-                    group.uds,
-                )
+                target.receive(group.part(socket_paths), request_timeout(timeout))
 
         with stages.stage("register"):
             share = share_of(checkpoint_path, split, ps.rank, ps.world_size)
             ps.register_checkpoint(checkpoint_name, files=share)
         if asks:
             with stages.stage("health"):
-                wait_until_healthy(group.endpoint, health_timeout, group.uds)
+                target.wait_until_ready(health_timeout)
         with stages.stage("gather"):
             # Ranks that ask no engine are here first, and wait for those that wait for theirs.
             ps.gather_metas(checkpoint_name, timeout=timeout + health_timeout)
         if leads and save_metas_file is not None:
             _write(save_metas_file, metas_to_json(ps.get_metas()))
-        with stages.stage("update"), _progress(shown=leads) as on_progress:
+        with (
+            stages.stage("update"),
+            _progress(shown=leads) as on_progress,
+            target.paused(timeout) if asks else nullcontext(),
+        ):
             report = ps.update(checkpoint_name, ask_engine, timeout=timeout, on_progress=on_progress)
         stages.say(
             f"{checkpoint_name} is in place as version {report.version}: {report.tensors} tensors, "
@@ -259,6 +297,71 @@ def update(
         if sleep_time:
             stages.say(f"staying for {sleep_time:g} s")
             time.sleep(sleep_time)
+
+
+class UpdateCommand(TyperCommand):
+    """Its `--custom-dist` alone stands for `--custom-dist auto`, as the reference has it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's
+        option = "--custom-dist"
+        if option in args:
+            value = args.index(option) + 1
+            if value == len(args) or args[value].startswith("-"):
+                args = [*args[:value], "auto", *args[value:]]
+        return super().parse_args(ctx, args)
+
+
+class _Target(Protocol):
+    """The engine of a group."""
+
+    def wait_until_ready(self, timeout: float) -> None: ...
+
+    def receive(self, socket_paths: SocketPaths, timeout: float) -> None: ...
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _AnyEngine:
+    group: InferenceGroup
+
+    def wait_until_ready(self, timeout: float) -> None:
+        from ckpt_engine.server.engine_client import wait_until_healthy
+
+        wait_until_healthy(self.group.endpoint, timeout, self.group.uds)
+
+    def receive(self, socket_paths: SocketPaths, timeout: float) -> None:
+        from ckpt_engine.server.engine_client import request_inference_to_update
+
+        url = f"{self.group.endpoint}/collective_rpc"
+        request_inference_to_update(url, socket_paths, timeout, self.group.uds)
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
+def _engine_maker(
+    engine: Engine, pause: str, api_key: str | None, *, partial: bool, native: bool
+) -> Callable[[InferenceGroup], _Target]:
+    """What makes a group's engine of the options. Raises typer.BadParameter for those that do not fit."""
+    if engine is Engine.ANY:
+        if pause != "none" or partial or native:
+            raise typer.BadParameter(
+                "--pause, --partial and --native are for --engine vllm", param_hint="--engine"
+            )
+        return _AnyEngine
+    from ckpt_engine_vllm.server_client import PauseMode, VllmServer
+
+    if pause not in set(PauseMode):
+        raise typer.BadParameter(f"{pause!r}: one of none, keep, wait and abort", param_hint="--pause")
+    return lambda group: VllmServer(
+        endpoint=group.endpoint,
+        uds=group.uds,
+        api_key=api_key,
+        partial=partial,
+        pause=PauseMode(pause),
+        native=native,
+    )
 
 
 def share_of(path: Path, split: Split | None, rank: int, world_size: int) -> list[FileSelection]:

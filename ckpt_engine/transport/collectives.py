@@ -33,7 +33,7 @@ Poll = Callable[[], object]
 class Collectives(Protocol):
     """A private group of ranks. All members call in the same order; none touches the default group.
 
-    vLLM's stateless groups (`vllm_nccl`, `vllm_hccl`) are further implementations of this.
+    vLLM's stateless groups (`vllm_groups.py`) are further implementations of this.
     """
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
@@ -159,6 +159,10 @@ def make_group(
     """
     if kind == "nccl":
         return NcclCollectives(store, name, place, size, device_index, deadline, poll)
+    if kind.startswith("vllm_"):
+        from ckpt_engine.transport.vllm_groups import make_vllm_group
+
+        return make_vllm_group(kind, store, name, place, size, device_index, deadline, poll)
     return GlooCollectives(store, name, place, size, deadline, poll)
 
 

@@ -43,6 +43,7 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_API_TOKEN": ("api_token", "open-sesame", SecretStr("open-sesame")),
     "CKPT_ENGINE_LOAD_THREADS": ("load_threads", "2", 2),
     "CKPT_ENGINE_HUGE_PAGES": ("huge_pages", "false", False),
+    "CKPT_ENGINE_CUSTOM_DIST": ("custom_dist", "vllm_nccl", "vllm_nccl"),
     "CKPT_ENGINE_RELEASE_GROUPS": ("release_groups", "1", True),
     "CKPT_ENGINE_INPLACE_PIN": ("inplace_pin", "true", True),
 }
@@ -66,6 +67,8 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
+    if value == "vllm_nccl":
+        return "vllm_gloo"
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 
 
