@@ -3,10 +3,12 @@
 #   PYTHON   the interpreter that makes the virtual environment (3.10 or newer)
 #   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
+#   ENGINE   what `demo` updates: embedded (small engines of this package) or vllm (its server, on CPU)
 #   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
 ARGS ?=
+ENGINE ?= embedded
 VENV_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ckpt-engine/venvs
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,8 +23,8 @@ PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
-	@$(BIN)/ckpt-engine demo $(ARGS)
+demo: $(if $(filter vllm,$(ENGINE)),.venv-vllm/.stamp,$(STAMP))  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
+	@$(if $(filter vllm,$(ENGINE)),.venv-vllm/bin,$(BIN))/ckpt-engine demo --engine $(ENGINE) $(ARGS)
 
 test: $(STAMP)  ## Runs all tests
 	$(BIN)/python -m pytest $(ARGS)

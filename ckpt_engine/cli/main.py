@@ -11,7 +11,8 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
-from typing import Annotated, ParamSpec
+from importlib.util import find_spec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
@@ -41,7 +42,16 @@ class DemoSize(str, Enum):
     TINY = "tiny"
 
 
+class DemoEngine(str, Enum):
+    EMBEDDED = "embedded"
+    VLLM = "vllm"
+
+
 def demo(
+    engine: Annotated[
+        DemoEngine,
+        typer.Option(help="embedded: two small engines of this package. vllm: vLLM's server, if installed."),
+    ] = DemoEngine.EMBEDDED,
     size: Annotated[DemoSize, typer.Option(help="Size of the demo's model.")] = DemoSize.SMALL,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's files.")] = False,
     verbose: Verbose = False,
@@ -52,8 +62,16 @@ def demo(
     """
     from ckpt_engine.cli.demo import run_demo
 
+    options: dict[str, Any] = {"size": size.value, "keep": keep}
+    if engine is DemoEngine.VLLM:
+        if find_spec("vllm") is None:
+            raise ConfigError("--engine vllm: vLLM is not installed here; see `make demo ENGINE=vllm`")
+        from ckpt_engine_vllm.demo import VllmDemo
+
+        # Two starts of vLLM, on two cores.
+        options |= {"kind": VllmDemo, "timeout": 900}
     # Its last line on stdout is JSON: nothing is printed after it.
-    raise typer.Exit(run_demo(size=size.value, keep=keep))
+    raise typer.Exit(run_demo(**options))
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
