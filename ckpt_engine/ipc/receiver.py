@@ -115,14 +115,11 @@ def serve_update(
     """
     handles: dict[str, str] = {}
     try:
-        handles = dict(zmq_handles) if isinstance(zmq_handles, Mapping) else {u: h for u, h in zmq_handles}
+        handles = _by_device(zmq_handles)
         if device_uuid not in handles:
-            error = ConfigError(
-                f"no handle for device {device_uuid}; the parameter servers serve "
-                + (", ".join(handles) or "none")
-            )
-            _report_missing(zmq_ctx, list(handles.values()), device_uuid, error)
-            raise error
+            served = ", ".join(handles) or "none"
+            error = ConfigError(f"no handle for device {device_uuid}; the parameter servers serve {served}")
+            return refuse_update(zmq_ctx, zmq_handles, error, device_uuid)
         report = update_weights_from_ipc(
             zmq_ctx,
             handles[device_uuid],
@@ -145,6 +142,31 @@ def serve_update(
         "tensors": report.tensors,
         "bytes": report.nbytes,
     }
+
+
+def refuse_update(
+    zmq_ctx: zmq.Context[zmq.Socket[bytes]],
+    zmq_handles: Mapping[str, str] | Sequence[Sequence[str]],
+    error: Exception,
+    device_uuid: str = "",
+) -> dict[str, Any]:
+    """For a worker that cannot take part, and may not know its device: tells any parameter server why.
+
+    Else the update would wait for this worker in vain. Never raises.
+
+    Returns:
+        The worker's status, as of `serve_update`.
+    """
+    try:
+        _report_refusal(zmq_ctx, list(_by_device(zmq_handles).values()), device_uuid, error)
+    except Exception as second:  # noqa: BLE001 - no exception may leave a worker
+        second.__cause__ = error
+        error = second
+    return failed_status(error, device_uuid, None)
+
+
+def _by_device(zmq_handles: Mapping[str, str] | Sequence[Sequence[str]]) -> dict[str, str]:
+    return dict(zmq_handles) if isinstance(zmq_handles, Mapping) else {u: h for u, h in zmq_handles}
 
 
 def failed_status(error: BaseException, device_uuid: str, handle: str | None) -> dict[str, Any]:
@@ -393,10 +415,9 @@ def _lost(message: str, *, touched: bool | None = None) -> PeerLost:
     return PeerLost(ErrorRecord(error_type="PeerLost", message=message), touched=touched)
 
 
-def _report_missing(
+def _report_refusal(
     zmq_ctx: zmq.Context[zmq.Socket[bytes]], handles: Sequence[str], device_uuid: str, error: Exception
 ) -> None:
-    """Tells any parameter server that this device has no handle; else its update would wait in vain."""
     record = ErrorRecord.from_exception(error, stage="handshake", device=device_uuid)
     for handle in handles:
         try:
