@@ -3,9 +3,11 @@
 #   PYTHON   the interpreter that makes the virtual environment (3.10 or newer)
 #   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
+#   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
 ARGS ?=
+VENV_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ckpt-engine/venvs
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -14,7 +16,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu check lock clean
+.PHONY: help demo test test-faults test-gpu test-sglang check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -30,6 +32,9 @@ test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and wo
 
 test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
+	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .
@@ -48,6 +53,28 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "Installing ckpt-engine and its tools, at the versions of constraints.txt ..."
 	@$(PIP) install hatchling -c constraints.txt
 	@$(PIP) install --no-build-isolation -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# An engine's packages lie in VENV_CACHE, under the hash of their lock, for every clone to use. A clone's own
+# environment is small: a path to those, and this package in place.
+.PRECIOUS: .venv-%/.stamp $(VENV_CACHE)/%/.stamp
+.venv-%/.stamp: integrations/%/constraints.txt pyproject.toml Makefile
+	@mkdir -p $(VENV_CACHE)
+	@packages=$(VENV_CACHE)/$*-$$(sha256sum $< | cut -c1-16) && \
+	  flock $$packages.lock $(MAKE) --no-print-directory LOCKED=$< $$packages/.stamp && \
+	  echo "Making $(@D) ..." && \
+	  rm -rf $(@D) && \
+	  $$packages/bin/python -m venv --without-pip $(@D) && \
+	  ls -d $$packages/lib/python*/site-packages > $$(ls -d $(@D)/lib/python*/site-packages)/packages.pth && \
+	  $$packages/bin/python -m pip -qq --disable-pip-version-check --python $(@D)/bin/python \
+	    install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV_CACHE)/%/.stamp:
+	@echo "Making $(@D), which takes minutes and more than 3 GB, once ..."
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install --no-deps -r $(LOCKED)
 	@touch $@
 
 # Never another build in its place: the default one of the package index brings gigabytes of CUDA.
@@ -79,5 +106,5 @@ endef
 export LOCK
 
 clean:  ## Removes the virtual environment, caches and build products
-	rm -rf $(VENV) build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-sglang build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
