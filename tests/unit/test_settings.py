@@ -44,6 +44,7 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_LOAD_THREADS": ("load_threads", "2", 2),
     "CKPT_ENGINE_HUGE_PAGES": ("huge_pages", "false", False),
     "CKPT_ENGINE_RELEASE_GROUPS": ("release_groups", "1", True),
+    "CKPT_ENGINE_GUARD": ("guard", "true", True),
     "CKPT_ENGINE_INPLACE_PIN": ("inplace_pin", "true", True),
 }
 
