@@ -8,7 +8,7 @@ from typing import Any
 import zmq
 
 from ckpt_engine.ipc import receiver
-from ckpt_engine.ipc.receiver import Run
+from ckpt_engine.ipc.receiver import Prepare, Run
 
 __all__ = ["update_weights_from_ipc"]
 
@@ -19,6 +19,7 @@ def update_weights_from_ipc(
     device_id: int | str | None,
     *,
     run: Run,
+    prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
 ) -> None:
     """`ckpt_engine.ipc.receiver.update_weights_from_ipc`.
@@ -27,4 +28,6 @@ def update_weights_from_ipc(
         device_id: the device's index; on CPU engines give `"cpu"`.
     """
     index = device_id if isinstance(device_id, int) else None
-    receiver.update_weights_from_ipc(zmq_ctx, zmq_handle, index, run=run, post_hook=post_hook)
+    receiver.update_weights_from_ipc(
+        zmq_ctx, zmq_handle, index, run=run, prepare=prepare, post_hook=post_hook
+    )

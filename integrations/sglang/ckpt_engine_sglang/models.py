@@ -13,6 +13,7 @@ from ckpt_engine_sglang.completeness import Rules, check_complete
 from ckpt_engine_sglang.rehearsal import NotRehearsable, Recording, named_parameters, rehearse
 
 NamedTensors = list[tuple[str, torch.Tensor]]
+_LOADING = ("restore_weights_before_loading", "load_weights_only", "postprocess_weights")
 
 
 class Model:
@@ -38,6 +39,11 @@ class Model:
 
     def refuse_unsupported(self) -> None:
         """Raises ConfigError where a write into the weights in place would not be enough, or too much."""
+        from sglang.srt.model_loader.loader import DefaultModelLoader
+
+        missing = [name for name in _LOADING if not hasattr(DefaultModelLoader, name)]
+        if missing:
+            raise ConfigError(f"this SGLang's DefaultModelLoader has no {', '.join(missing)}")
         updater = self._runner.weight_updater
         inactive = getattr(updater, "_assert_weight_cache_inactive", None)
         if inactive is not None:

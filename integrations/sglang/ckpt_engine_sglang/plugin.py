@@ -1,8 +1,8 @@
 """What runs in each of SGLang's processes: the entry point `ckpt_engine` of the group `sglang.srt.plugins`.
 
 It replaces SGLang's `update_weights_from_ipc` in the schedulers by ours, by SGLang's own hook registry. No
-file of SGLang is changed. SGLang logs a plugin that fails and goes on without it: so where this one does not
-know the layout of the installed SGLang, it leaves behind a handler that refuses updates and says why.
+file of SGLang is changed. Where it does not know the layout of the installed SGLang, it leaves SGLang's own
+handler in place, and serves it the module that it imports (`stock_worker`): updates work, with less checked.
 """
 
 from __future__ import annotations
@@ -13,34 +13,42 @@ import importlib.util
 import inspect
 import logging
 import sys
-import types
 from typing import Any
 
 from ckpt_engine_sglang import guard
+from ckpt_engine_sglang.worker_update import takes_outcome
 
 logger = logging.getLogger(__name__)
 
 MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-_NEEDED = ("_select_runners", "flush_cache_after_weight_update", "record_weight_version_after_update")
+STOCK_PACKAGE = "checkpoint_engine"
+"""What SGLang's own handler imports."""
 ARGUMENTS = "sglang.srt.server_args.prepare_server_args"
 WAIT_FLAG = "--checkpoint-engine-wait-weights-before-ready"
 OTHER_WAIT_FLAG = "--wait-for-initial-weights"
 """What the reference's documents call it."""
 TOKENIZER = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+_NEEDED = {
+    MANAGER: (
+        *("_select_runners", "_observe_weight_load", "update_weights_from_ipc"),
+        *("flush_cache_after_weight_update", "record_weight_version_after_update"),
+    ),
+    TOKENIZER: ("init_communicators", "update_weights_from_ipc"),
+    "sglang.srt.runtime_context.get_parallel": (),
+}
 
 
 def register() -> None:
     """Registers the hooks. Called by SGLang in its main, scheduler and detokenizer processes."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    problem = _unknown_layout()
+    HookRegistry.register(ARGUMENTS, accept_other_flag, HookType.BEFORE)
+    problem = unknown_layout()
     if problem is not None:
-        logger.error("ckpt-engine cannot update this SGLang: %s", problem)
-        _serve_refusal(problem)
+        serve_stock_handler(problem)
         return
     HookRegistry.register(f"{MANAGER}.update_weights_from_ipc", update_weights_from_ipc, HookType.REPLACE)
     HookRegistry.register(f"{TOKENIZER}.update_weights_from_ipc", note_outcome, HookType.AROUND)
-    HookRegistry.register(ARGUMENTS, accept_other_flag, HookType.BEFORE)
     if guard.wanted():
         HookRegistry.register(f"{TOKENIZER}.init_communicators", guard.install, HookType.AFTER)
 
@@ -78,32 +86,51 @@ def accept_other_flag(argv: list[str]) -> tuple[tuple[list[str]], dict[str, Any]
     return ([WAIT_FLAG if argument == OTHER_WAIT_FLAG else argument for argument in argv],), {}
 
 
-def _unknown_layout() -> str | None:
+def unknown_layout() -> str | None:
     """Why this plugin does not fit the installed SGLang; None: it does."""
-    module, _, name = MANAGER.rpartition(".")
-    try:
-        manager = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        return f"it has no {MANAGER} ({error})"
-    missing = [each for each in (*_NEEDED, "update_weights_from_ipc") if not hasattr(manager, each)]
-    if missing:
-        return f"its {name} has no {', '.join(missing)}"
+    found: dict[str, Any] = {}
+    for path, names in _NEEDED.items():
+        module, _, name = path.rpartition(".")
+        try:
+            found[path] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            return f"it has no {path} ({error})"
+        missing = [each for each in names if not hasattr(found[path], each)]
+        if missing:
+            return f"its {name} has no {', '.join(missing)}"
+    manager = found[MANAGER]
     parameters = list(inspect.signature(manager.update_weights_from_ipc).parameters)
     if parameters != ["self", "recv_req"]:
-        return f"its {name}.update_weights_from_ipc takes {parameters}"
+        return f"its update_weights_from_ipc takes {parameters}"
+    try:
+        takes_outcome(manager.flush_cache_after_weight_update)
+    except ValueError as error:
+        return f"its {error}"
     return None
 
 
-def _serve_refusal(problem: str) -> None:
-    """SGLang's own handler imports `checkpoint_engine.worker`: gives it one that refuses every update."""
-    if importlib.util.find_spec("checkpoint_engine") is not None:
-        return  # another package, which the user may mean to use
+def serve_stock_handler(problem: str) -> None:
+    """SGLang's own handler imports `checkpoint_engine.worker`: gives it ours, where there is no other.
 
-    def refuse(*_: Any, **__: Any) -> None:  # noqa: ANN401
-        raise RuntimeError(f"ckpt-engine cannot update this SGLang: {problem}")
+    Args:
+        problem: why this plugin's handler does not serve.
+    """
+    other = importlib.util.find_spec(STOCK_PACKAGE)
+    if other is not None:
+        logger.warning(
+            "ckpt-engine does not take this SGLang's updates: %s. SGLang's own handler does, with the "
+            "package %s at %s. Unless that is ours (`ckpt-engine compat`), updates must come from its own "
+            "parameter servers",
+            *(problem, STOCK_PACKAGE, other.origin),
+        )
+        return
+    logger.warning(
+        "ckpt-engine does not take this SGLang's updates: %s. SGLang's own handler does, with our "
+        "worker: what fails after the last tensor is only logged, and a rank's failure may end the server",
+        problem,
+    )
+    from ckpt_engine.compat import checkpoint_engine
+    from ckpt_engine_sglang import stock_worker
 
-    package, worker = types.ModuleType("checkpoint_engine"), types.ModuleType("checkpoint_engine.worker")
-    package.__path__ = []
-    package.worker = worker  # type: ignore[attr-defined]
-    worker.update_weights_from_ipc = refuse  # type: ignore[attr-defined]
-    sys.modules["checkpoint_engine"], sys.modules["checkpoint_engine.worker"] = package, worker
+    setattr(checkpoint_engine, "worker", stock_worker)  # noqa: B010 - the module has one of its own
+    sys.modules[STOCK_PACKAGE], sys.modules[f"{STOCK_PACKAGE}.worker"] = checkpoint_engine, stock_worker

@@ -6,9 +6,10 @@ parameter servers' verdict alone: a collective of the engine would wait for ever
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -191,8 +192,27 @@ class WorkerUpdate:
         if INCOMPLETE_NOTE in message:
             version = INCOMPLETE
         _log_failure("the weight version", lambda: self._manager.record_weight_version_after_update(version))
-        _, message = self._manager.flush_cache_after_weight_update(self._request, committed, message)
+        return self._flush(committed, message)
+
+    def _flush(self, committed: bool, message: str) -> str:
+        flush = self._manager.flush_cache_after_weight_update
+        if takes_outcome(flush):
+            _, message = flush(self._request, committed, message)
+        else:  # SGLang 0.5.21: asserts that no request is in the way, which `_refuse_busy` has seen to
+            _log_failure("the caches", lambda: flush(self._request))
         return str(message)
+
+
+def takes_outcome(flush: Callable[..., Any]) -> bool:
+    """Whether SGLang's flush_cache_after_weight_update wants `(success, message)`, and gives them back.
+
+    Raises:
+        ValueError: it wants something else.
+    """
+    parameters = [name for name in inspect.signature(flush).parameters if name != "self"]
+    if parameters not in (["recv_req"], ["recv_req", "success", "message"]):
+        raise ValueError(f"flush_cache_after_weight_update takes {parameters}")
+    return len(parameters) > 1
 
 
 def _log_failure(what: str, work: Any) -> None:  # noqa: ANN401 - a function without arguments
