@@ -31,7 +31,7 @@ from ckpt_engine.cli.update import (
     positive,
     push,
 )
-from ckpt_engine.errors import ConfigError, EngineRequestError
+from ckpt_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from ckpt_engine.update.request import SocketPaths
@@ -53,6 +53,7 @@ class SglangTarget:
         weight_version: what answers carry from then on.
         ready_timeout: seconds that a server may take to get ready after its first weights.
         verify: compare the checksums of all groups' weights.
+        checksums_file: with `verify`: compare them with these, too; written when it is not there.
     """
 
     group: InferenceGroup
@@ -64,6 +65,7 @@ class SglangTarget:
     ignored: Sequence[str] = ()
     ready_timeout: float = 300.0
     verify: bool = False
+    checksums_file: Path | None = None
     _served_dummy: bool = field(default=False, init=False)
 
     def wait_until_ready(self, timeout: float) -> None:
@@ -110,19 +112,18 @@ class SglangTarget:
             )
         server.wait_until_ready(self.ready_timeout)
         if self.verify and self.group.first == 0:
-            self._compare(server)
+            self._verify(server)
 
     def _server(self, endpoint: str | None = None) -> SglangServer:
         from ckpt_engine_sglang.client import SglangServer
 
         return SglangServer(endpoint or self.group.endpoint, self.group.uds, self.api_key)
 
-    def _compare(self, first: SglangServer) -> None:
-        expected = first.checksums()
-        for endpoint in self.endpoints:
-            if endpoint.rstrip("/") != first.endpoint and self._server(endpoint).checksums() != expected:
-                raise EngineRequestError(f"the weights of {endpoint} are not those of {first.endpoint}")
-        typer.echo(f"checksums of {len(expected)} ranks of {len(self.endpoints)} servers compared")
+    def _verify(self, server: SglangServer) -> None:
+        from ckpt_engine_sglang.verify import compare
+
+        others = [each for each in self.endpoints if each.rstrip("/") != server.endpoint.rstrip("/")]
+        typer.echo(compare([server, *map(self._server, others)], self.checksums_file))
 
 
 def _check_fit(endpoint: str, info: ServerInfo, size: int) -> None:
@@ -203,7 +204,11 @@ def command(
         typer.Option(help="Reach the server on this Unix socket; {group} stands for the group's number."),
     ] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="A file with the server's --admin-api-key, or its --api-key.")
+        Path | None,
+        typer.Option(
+            help="A file with the server's --admin-api-key, or its --api-key.",
+            show_default="what SGLANG_API_KEY holds",
+        ),
     ] = None,
     inference_parallel_size: Annotated[
         int | None,
@@ -236,6 +241,13 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare the checksums of all servers' weights afterwards.")
     ] = False,
+    checksums_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --verify: compare them with those in this file; where there is none, write it. Of a "
+            "server that loaded the checkpoint from disk, or of its first update."
+        ),
+    ] = None,
     sleep_time: Annotated[
         float, typer.Option(callback=not_negative, help="Seconds to stay after the update.")
     ] = 0.0,
@@ -269,6 +281,8 @@ def command(
     """Put a checkpoint into running SGLang servers, all of them or none."""
     if host is not None and endpoint:
         raise typer.BadParameter("give --endpoint or --host, not both", param_hint="--host")
+    if checksums_file is not None and not verify:
+        raise typer.BadParameter("is for --verify", param_hint="--checksums-file")
     if nnodes > 1 and master_addr is None:
         raise typer.BadParameter("say where host 0 is", param_hint="--master-addr")
     checkpoint_path = check_way(checkpoint_path, load_metas_file, update_method)
@@ -291,6 +305,7 @@ def command(
             ignored=ignore or (),
             ready_timeout=ready_timeout,
             verify=verify,
+            checksums_file=checksums_file,
         ),
         checkpoint_path=checkpoint_path,
         checkpoint_name=checkpoint_name,
@@ -308,8 +323,11 @@ def command(
 
 def _read_key(path: Path | None) -> str | None:
     if path is None:
-        return None
-    key = path.read_text().strip()
+        return os.environ.get("SGLANG_API_KEY") or None
+    try:
+        key = path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--api-key-file {path}: {error}") from None
     if not key:
         raise ConfigError(f"--api-key-file {path} is empty")
     return key

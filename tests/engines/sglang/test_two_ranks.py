@@ -46,16 +46,22 @@ def expected(running: Server, checkpoints: Checkpoints) -> tuple[object, object]
     return states[1], states[0]
 
 
-def test_the_command_makes_it_ready(server: Server, checkpoints: Checkpoints) -> None:
+def test_the_command_makes_it_ready(server: Server, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Before the other tests: a server has its first weights once."""
     assert server.status("/ping") == 503
-    done = command_line("--checkpoint-path", checkpoints("qwen3", 1), "--endpoint", server.url, "--verify")
+    checksums = tmp_path / "checksums.json"
+    verify = ("--endpoint", server.url, "--verify", "--checksums-file", checksums)
+    done = command_line("--checkpoint-path", checkpoints("qwen3", 1), *verify)
     assert done.returncode == 0, f"{done.stderr}\n{server.tail()}"
-    assert "checksums of 2 ranks of 1 servers compared" in done.stdout
+    assert f"checksums of 2 ranks of 1 servers compared, and written to {checksums}" in done.stdout
     assert server.status("/ping") == 200
     received = server.state()
     server.load_from_disk(checkpoints("qwen3", 1))
     assert received == server.state()
+
+    done = command_line("--checkpoint-path", checkpoints("qwen3", 2), *verify)
+    assert done.returncode == 1
+    assert f"the weights of {server.url} are not those of {checksums}: on rank 0 " in done.stderr
 
 
 def test_one_checkpoint_after_the_other(
