@@ -3,6 +3,7 @@
 #   PYTHON   the interpreter that makes the virtual environment (3.10 or newer)
 #   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
+#   SGLANG   the version of SGLang for `test-sglang-other`
 #   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu test-sglang check lock clean
+.PHONY: help demo test test-faults test-gpu test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -35,6 +36,12 @@ test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 
 test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
 	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
+
+test-sglang-other: .venv-sglang/.stamp  ## The same on another SGLang: SGLANG=0.5.22, else the newest there is
+	rm -rf .venv-sglang/other
+	.venv-sglang/bin/python -m pip -qq --disable-pip-version-check install --no-deps --target .venv-sglang/other \
+	  sglang$(if $(SGLANG),==$(SGLANG))
+	PYTHONPATH=$(CURDIR)/.venv-sglang/other .venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .

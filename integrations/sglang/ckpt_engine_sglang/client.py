@@ -18,8 +18,10 @@ from ckpt_engine.server.engine_client import Answer, ask_engine
 from ckpt_engine_sglang.worker_update import OPTIONS_KEY
 
 _PROBE_SECONDS = 10.0
+_HEALTH_SECONDS = 3.0
 _INFO_SECONDS = 120.0
 """For what SGLang asks its schedulers, which answer between two steps."""
+HTTP_UNAVAILABLE = 503
 _MODEL_INFO = ("/model_info", "/get_model_info")
 _SERVER_INFO = ("/server_info", "/get_server_info")
 """Newest first: SGLang renamed its routes."""
@@ -94,15 +96,38 @@ class SglangServer:
         self._poll(_MODEL_INFO, timeout, "serve")
 
     def wait_until_ready(self, timeout: float) -> None:
-        """Until /ping answers with 200: after its first weights a server warms up.
+        """Until `is_ready`: after its first weights a server warms up.
 
         Raises:
             EngineRequestError: not after `timeout` seconds.
         """
-        self._poll(("/ping",), timeout, "get ready")
+        deadline = time.monotonic() + timeout
+        pause = 0.05
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                raise EngineRequestError(f"{self._where()} did not get ready within {timeout:g} s")
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(1.0, 2 * pause)
 
     def is_ready(self) -> bool:
-        return self._send("GET", "/ping", _PROBE_SECONDS).status == 200
+        """Whether the server has started, and no longer waits for its first weights.
+
+        SGLang 0.5.23 tells by /ping, which is always 200 in older versions. There /health is 503 at once
+        while a server starts; one that has started generates a token for it, which takes long where requests
+        are paused.
+
+        Raises:
+            EngineRequestError: the server cannot be asked.
+        """
+        if self._send("GET", "/ping", _PROBE_SECONDS).status == HTTP_UNAVAILABLE:
+            return False
+        began = time.monotonic()
+        try:
+            return self._send("GET", "/health", _HEALTH_SECONDS).status != HTTP_UNAVAILABLE
+        except EngineRequestError:
+            if time.monotonic() - began < _HEALTH_SECONDS:
+                raise
+            return True
 
     def weight_version(self) -> str:
         """What its answers carry; `default` before the first update."""
@@ -144,7 +169,9 @@ class SglangServer:
                 try:
                     answer = self._send("GET", path, min(remaining, _PROBE_SECONDS))
                 except EngineRequestError as error:
-                    last = str(error)
+                    # A look that our own deadline cut short tells less than the answer before it.
+                    if not (remaining < _PROBE_SECONDS and last.startswith("HTTP")):
+                        last = str(error)
                     break
                 if answer.status == 200:
                     return

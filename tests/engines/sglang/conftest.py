@@ -52,7 +52,7 @@ if importlib.util.find_spec("sglang"):
         )
         from_disk = Server(model, log("disk"), dummy=False, host="there")
         try:
-            yield waiting.wait(), from_disk.wait("/ping")
+            yield waiting.wait(), from_disk.wait("/health")
         finally:
             waiting.close()
             from_disk.close()

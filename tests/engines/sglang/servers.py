@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +32,11 @@ _ARGUMENTS = (
     *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "512"),
     *("--random-seed", "1", "--log-level-http", "warning", "--sleep-on-idle"),
 )
+
+
+def with_stubs(environment: Mapping[str, str]) -> str:
+    """PYTHONPATH of SGLang's processes: the stubs, then whatever it is (`make test-sglang-other`)."""
+    return os.pathsep.join([str(HERE / "stubs"), *filter(None, [environment.get("PYTHONPATH")])])
 
 
 class Checkpoints:
@@ -74,7 +79,7 @@ class Server:
         self.client = SglangServer(self.url)
         self.faults = log.with_suffix(".faults")
         settings = {
-            "PYTHONPATH": str(HERE / "stubs"),
+            "PYTHONPATH": with_stubs(os.environ),
             "SGLANG_USE_CPU_ENGINE": "1",
             "SGLANG_FAULTS": str(self.faults),
             "HF_HUB_OFFLINE": "1",

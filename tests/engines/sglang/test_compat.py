@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from tests.engines.sglang.parameter_servers import RANK_SECONDS, update_from
-from tests.engines.sglang.servers import Checkpoints, Server
+from tests.engines.sglang.servers import Checkpoints, Server, with_stubs
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -26,7 +26,7 @@ def own_updater(*arguments: str) -> subprocess.CompletedProcess[str]:
         timeout=RANK_SECONDS,
         env={
             **os.environ,
-            "PYTHONPATH": str(os.path.join(os.path.dirname(__file__), "stubs")),
+            "PYTHONPATH": with_stubs(os.environ),
             "SGLANG_USE_CPU_ENGINE": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

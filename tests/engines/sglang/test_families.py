@@ -23,7 +23,7 @@ def family(
     name = request.param
     server = Server(checkpoints(name, 1), log(name), OTHER_WAIT_FLAG, SGLANG_WAIT_WEIGHTS_READY_TIMEOUT="1")
     try:
-        yield name, server.wait("/ping")
+        yield name, server.wait("/health")
     finally:
         server.close()
 

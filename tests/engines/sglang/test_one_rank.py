@@ -21,7 +21,7 @@ class TestFirstWeights:
     """In this order: a server has its first weights once."""
 
     def test_the_server_waits(self, server: Server) -> None:
-        assert server.status("/ping") == 503
+        assert not server.client.is_ready()
         answer = server.post("/generate", input_ids=[5], sampling_params={"max_new_tokens": 1})
         assert answer.status_code == 503
         assert "still has its dummy weights" in answer.json()["error"]["message"]
@@ -42,7 +42,7 @@ class TestFirstWeights:
             *("register", "health", "gather", "update")
         ]
         assert "dummy" not in done.stderr
-        assert server.status("/ping") == 200
+        assert server.client.is_ready()
         assert server.state() == disk_server.state()
         assert server.generate()[1] == server.client.weight_version() == "step-1"
 

@@ -48,13 +48,13 @@ def expected(running: Server, checkpoints: Checkpoints) -> tuple[object, object]
 
 def test_the_command_makes_it_ready(server: Server, checkpoints: Checkpoints, tmp_path: Path) -> None:
     """Before the other tests: a server has its first weights once."""
-    assert server.status("/ping") == 503
+    assert not server.client.is_ready()
     checksums = tmp_path / "checksums.json"
     verify = ("--endpoint", server.url, "--verify", "--checksums-file", checksums)
     done = command_line("--checkpoint-path", checkpoints("qwen3", 1), *verify)
     assert done.returncode == 0, f"{done.stderr}\n{server.tail()}"
     assert f"checksums of 2 ranks of 1 servers compared, and written to {checksums}" in done.stdout
-    assert server.status("/ping") == 200
+    assert server.client.is_ready()
     received = server.state()
     server.load_from_disk(checkpoints("qwen3", 1))
     assert received == server.state()

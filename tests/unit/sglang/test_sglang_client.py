@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import typer
+from ckpt_engine_sglang import client
 from ckpt_engine_sglang.client import SglangServer
 from ckpt_engine_sglang.sglang_update import SglangTarget, command
 from ckpt_engine_sglang.verify import compare
@@ -163,10 +164,34 @@ def test_dummy_weights_that_were_served_are_told(
     assert ("was serving its dummy weights" in capsys.readouterr().err) is warned
 
 
-def test_a_server_that_does_not_get_ready(fake: FakeServer) -> None:
-    fake.routes["GET /ping"] = (503, {"message": "warming up"})
-    with pytest.raises(EngineRequestError, match=r"did not get ready within 0\.3 s; .*warming up"):
+@pytest.mark.parametrize(
+    "routes", [{"GET /ping": 503, "GET /health": 200}, {"GET /ping": 200, "GET /health": 503}]
+)
+def test_a_server_that_does_not_get_ready(fake: FakeServer, routes: dict[str, int]) -> None:
+    """The first is SGLang 0.5.23 while it waits for weights, the second one before it."""
+    fake.routes.update({route: (status, {}) for route, status in routes.items()})
+    with pytest.raises(EngineRequestError, match=r"did not get ready within 0\.3 s"):
         target(fake).finish()
+    fake.routes.update({"GET /ping": (200, {}), "GET /health": (200, {})})
+    target(fake).finish()
+
+
+def test_a_server_whose_requests_are_paused_is_ready(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its /health waits for a token that does not come."""
+    monkeypatch.setattr(client, "_HEALTH_SECONDS", 0.2)
+    release = threading.Event()
+
+    def health(_: object) -> tuple[int, dict[str, str]]:
+        release.wait(30)
+        return 503, {}
+
+    fake.routes.update({"GET /ping": (200, {}), "GET /health": health})
+    try:
+        assert SglangServer(fake.url).is_ready()
+    finally:
+        release.set()
 
 
 def checksums(*ranks: dict[str, str]) -> dict[str, Any]:
