@@ -16,7 +16,6 @@ import sys
 from typing import Any
 
 from ckpt_engine_sglang import guard
-from ckpt_engine_sglang.worker_update import takes_outcome
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +35,12 @@ _NEEDED = {
     TOKENIZER: ("init_communicators", "update_weights_from_ipc"),
     "sglang.srt.runtime_context.get_parallel": (),
 }
+_PARAMETERS = {
+    "update_weights_from_ipc": [["self", "recv_req"]],
+    "flush_cache_after_weight_update": [["self", "recv_req"], ["self", "recv_req", "success", "message"]],
+    "record_weight_version_after_update": [["self", "weight_version"]],
+}
+"""Of the manager's methods, in any of the versions that are known."""
 
 
 def register() -> None:
@@ -98,14 +103,10 @@ def unknown_layout() -> str | None:
         missing = [each for each in names if not hasattr(found[path], each)]
         if missing:
             return f"its {name} has no {', '.join(missing)}"
-    manager = found[MANAGER]
-    parameters = list(inspect.signature(manager.update_weights_from_ipc).parameters)
-    if parameters != ["self", "recv_req"]:
-        return f"its update_weights_from_ipc takes {parameters}"
-    try:
-        takes_outcome(manager.flush_cache_after_weight_update)
-    except ValueError as error:
-        return f"its {error}"
+    for name, known in _PARAMETERS.items():
+        parameters = list(inspect.signature(getattr(found[MANAGER], name)).parameters)
+        if parameters not in known:
+            return f"its {name} takes {parameters}"
     return None
 
 

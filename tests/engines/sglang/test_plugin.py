@@ -54,7 +54,7 @@ def test_a_version_whose_methods_are_other_ones(monkeypatch: pytest.MonkeyPatch)
 
     manager = weight_updater.SchedulerWeightUpdaterManager
     monkeypatch.setattr(manager, "flush_cache_after_weight_update", flush)
-    assert "flush_cache_after_weight_update takes ['everything']" in str(plugin.unknown_layout())
+    assert "flush_cache_after_weight_update takes ['self', 'everything']" in str(plugin.unknown_layout())
     monkeypatch.undo()
     monkeypatch.setattr(manager, "update_weights_from_ipc", lambda self, request, more: None)
     assert "update_weights_from_ipc takes ['self', 'request', 'more']" in str(plugin.unknown_layout())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -143,6 +143,13 @@ class Scheduler:
         return success, message
 
 
+class OldScheduler(Scheduler):
+    """As in SGLang 0.5.21."""
+
+    def flush_cache_after_weight_update(self, request: Any) -> None:  # type: ignore[override]  # noqa: ANN401
+        self.did.append("flush")
+
+
 def runner(model: torch.nn.Module, path: str = "/models/m") -> Any:  # noqa: ANN401
     config = SimpleNamespace(model_path=path, dtype=torch.float32, hf_config=SimpleNamespace())
     return SimpleNamespace(
@@ -229,7 +236,7 @@ def test_quantised_weights_that_are_incomplete(tensors: dict[str, tuple[int, ...
     scheduler = Scheduler([("target", runner(model))])
     with pytest.raises(UpdateError, match=told):
         update(scheduler, {name: torch.ones(shape) for name, shape in tensors.items()})
-    assert method.did[0], method.did[-1] == ("restore", "process")
+    assert (method.did[0], method.did[-1]) == ("restore", "process")
     # As the kernels want it: the server goes on, and says what it is.
     assert model.layer.weight.shape == (4, 8)
     assert scheduler.did == [f"version {INCOMPLETE}", "flush"]
@@ -251,6 +258,57 @@ def test_nothing_is_touched_under_requests_that_run() -> None:
     scheduler = Scheduler([("target", runner(model))], idle=False)
     with pytest.raises(UpdateError, match="requests are running or queued"):
         update(scheduler, drawn(a=(3,)))
+    assert not model.a.any()
+    assert scheduler.did == ["version None", "flush"]
+
+
+def test_the_flush_of_an_older_sglang() -> None:
+    model = Plain(a=(3,))
+    scheduler = OldScheduler([("target", runner(model))])
+    assert update(scheduler, drawn(a=(3,)))[0]
+    assert scheduler.did == ["version new", "flush"]
+    with pytest.raises(UpdateError, match="has no place for b"):
+        update(scheduler, drawn(a=(3,), b=(1,)))
+    assert scheduler.did == ["version new", "flush", "version None", "flush"]
+
+
+def cached(_: str) -> None:
+    raise RuntimeError("the weight cache is active")
+
+
+def packed(model: Plain) -> Any:  # noqa: ANN401
+    model.use_intel_amx_backend = True
+    return runner(model)
+
+
+def in_a_cache(model: Plain) -> Any:  # noqa: ANN401
+    made = runner(model)
+    made.weight_updater._assert_weight_cache_inactive = cached
+    return made
+
+
+def on_another_device(model: Plain) -> Any:  # noqa: ANN401
+    made = runner(model)
+    made.device = "xpu"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (packed, "packed for AMX"),
+        (in_a_cache, "the weight cache is active"),
+        (on_another_device, "not on 'xpu'"),
+    ],
+)
+def test_what_cannot_be_updated_is_refused_before_a_byte_moves(
+    make: Callable[[Plain], Any], told: str
+) -> None:
+    model = Plain(a=(3,))
+    scheduler = Scheduler([("target", make(model))])
+    with pytest.raises(UpdateError, match=told) as caught:
+        update(scheduler, drawn(a=(3,)))
+    assert caught.value.touched is False
     assert not model.a.any()
     assert scheduler.did == ["version None", "flush"]
 

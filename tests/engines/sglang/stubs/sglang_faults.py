@@ -12,6 +12,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
+
 LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 
 
@@ -31,5 +33,8 @@ def register() -> None:
 
         return fail
 
+    if not torch.cuda.is_available():
+        # SGLang before 0.5.23 waits for CUDA before it computes checksums, also on CPU.
+        torch.cuda.synchronize = lambda *_: None
     HookRegistry.register(f"{LOADER}.load_weights_only", before("load"), HookType.BEFORE)
     HookRegistry.register(f"{LOADER}.postprocess_weights", before("post_process"), HookType.BEFORE)
