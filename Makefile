@@ -4,6 +4,7 @@
 #   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
 #   ENGINE   what `demo` updates: embedded (small engines of this package) or vllm (its server, on CPU)
+#   SGLANG   the version of SGLang for `test-sglang-other`
 #   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu test-vllm check lock clean
+.PHONY: help demo test test-faults test-gpu test-vllm test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -37,6 +38,15 @@ test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 
 test-vllm: .venv-vllm/.stamp  ## Runs the tests on real vLLM (CPU)
 	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
+
+test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
+	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
+
+test-sglang-other: .venv-sglang/.stamp  ## The same on another SGLang: SGLANG=0.5.22, else the newest there is
+	rm -rf .venv-sglang/other
+	.venv-sglang/bin/python -m pip -qq --disable-pip-version-check install --no-deps --target .venv-sglang/other \
+	  sglang$(if $(SGLANG),==$(SGLANG))
+	PYTHONPATH=$(CURDIR)/.venv-sglang/other .venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .
@@ -59,25 +69,24 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 # An engine's packages lie in VENV_CACHE, under the hash of their lock, for every clone to use. A clone's own
 # environment is small: a path to those, and this package in place.
-VLLM_LOCK := integrations/vllm/constraints.txt
-VLLM_PACKAGES = $(VENV_CACHE)/vllm-$(shell sha256sum $(VLLM_LOCK) | cut -c1-16)
-
-.venv-vllm/.stamp: $(VLLM_LOCK) pyproject.toml Makefile
+.PRECIOUS: .venv-%/.stamp $(VENV_CACHE)/%/.stamp
+.venv-%/.stamp: integrations/%/constraints.txt pyproject.toml Makefile
 	@mkdir -p $(VENV_CACHE)
-	@flock $(VLLM_PACKAGES).lock $(MAKE) --no-print-directory $(VLLM_PACKAGES)/.stamp
-	@echo "Making .venv-vllm ..."
-	@rm -rf .venv-vllm
-	@$(VLLM_PACKAGES)/bin/python -m venv --without-pip .venv-vllm
-	@ls -d $(VLLM_PACKAGES)/lib/python*/site-packages > $$(ls -d .venv-vllm/lib/python*/site-packages)/packages.pth
-	@$(VLLM_PACKAGES)/bin/python -m pip -qq --disable-pip-version-check --python .venv-vllm/bin/python \
-	  install --no-build-isolation --no-deps -e .
+	@packages=$(VENV_CACHE)/$*-$$(sha256sum $< | cut -c1-16) && \
+	  flock $$packages.lock $(MAKE) --no-print-directory LOCKED=$< $$packages/.stamp && \
+	  echo "Making $(@D) ..." && \
+	  rm -rf $(@D) && \
+	  $$packages/bin/python -m venv --without-pip $(@D) && \
+	  ls -d $$packages/lib/python*/site-packages > $$(ls -d $(@D)/lib/python*/site-packages)/packages.pth && \
+	  $$packages/bin/python -m pip -qq --disable-pip-version-check --python $(@D)/bin/python \
+	    install --no-build-isolation --no-deps -e .
 	@touch $@
 
-$(VLLM_PACKAGES)/.stamp:
-	@echo "Making $(VLLM_PACKAGES), which takes minutes and 3.5 GB, once ..."
-	@rm -rf $(VLLM_PACKAGES)
-	@$(PYTHON) -m venv $(VLLM_PACKAGES)
-	@$(VLLM_PACKAGES)/bin/python -m pip -qq --disable-pip-version-check install --no-deps -r $(VLLM_LOCK) || \
+$(VENV_CACHE)/%/.stamp:
+	@echo "Making $(@D), which takes minutes and more than 3 GB, once ..."
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install --no-deps -r $(LOCKED) || \
 	  { $(subst $(TORCH),an engine's packages,$(TORCH_HELP)); exit 1; }
 	@touch $@
 
@@ -110,5 +119,5 @@ endef
 export LOCK
 
 clean:  ## Removes the virtual environment, caches and build products
-	rm -rf $(VENV) .venv-vllm build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-sglang build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -93,6 +93,8 @@ class Settings(BaseSettings):
         False, validation_alias=AliasChoices("release_groups", "CKPT_ENGINE_RELEASE_GROUPS")
     )
 
+    guard: bool = Field(False, validation_alias=AliasChoices("guard", "CKPT_ENGINE_GUARD"))
+
     # Ours: who may use the HTTP API
     api_token: SecretStr | None = Field(
         None, validation_alias=AliasChoices("api_token", "CKPT_ENGINE_API_TOKEN")

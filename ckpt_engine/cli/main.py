@@ -18,6 +18,7 @@ import typer
 
 from ckpt_engine import __version__
 from ckpt_engine.cli import Verbose
+from ckpt_engine.cli.compat import compat
 from ckpt_engine.cli.inspect import inspect_checkpoint
 from ckpt_engine.cli.plan import plan_update
 from ckpt_engine.cli.serve import serve
@@ -133,6 +134,7 @@ app.command("update", cls=UpdateCommand)(reported(update))
 app.command("serve")(reported(serve))
 app.command("inspect")(reported(inspect_checkpoint))
 app.command("plan")(reported(plan_update))
+app.command("compat")(reported(compat))
 app.command("demo")(reported(demo))
 
 

@@ -99,6 +99,49 @@ def inference_group(
     )
 
 
+class Target(Protocol):
+    """The engine of an inference group, as the command's rank that asks it sees it."""
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Until the engine can be asked to update. Raises EngineRequestError."""
+        ...
+
+    def receive(self, socket_paths: SocketPaths, timeout: float) -> None:
+        """Has the engine's workers receive an update within `timeout` seconds. Raises EngineRequestError."""
+        ...
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]:
+        """Around the update: the engine answers no requests, where it can and was told to."""
+        ...
+
+    def finish(self) -> None:
+        """After the commit. Raises EngineRequestError: the weights are in place, but something is not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnyEngine:
+    """One that has `/health` and `/collective_rpc`."""
+
+    group: InferenceGroup
+
+    def wait_until_ready(self, timeout: float) -> None:
+        from ckpt_engine.server.engine_client import wait_until_healthy
+
+        wait_until_healthy(self.group.endpoint, timeout, self.group.uds)
+
+    def receive(self, socket_paths: SocketPaths, timeout: float) -> None:
+        from ckpt_engine.server.engine_client import request_inference_to_update
+
+        url = f"{self.group.endpoint}/collective_rpc"
+        request_inference_to_update(url, socket_paths, timeout, self.group.uds)
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None: ...
+
+
 @dataclass
 class Stages:
     """Times the stages; `shown`: tells each one's duration when it is done."""
@@ -118,14 +161,14 @@ class Stages:
             typer.echo(text)
 
 
-def _positive(seconds: float) -> float:
+def positive(seconds: float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise typer.BadParameter(f"{seconds} is not a finite number of seconds above 0")
     return seconds
 
 
-def _not_negative(seconds: float) -> float:
-    return seconds if seconds == 0 else _positive(seconds)
+def not_negative(seconds: float) -> float:
+    return seconds if seconds == 0 else positive(seconds)
 
 
 def update(
@@ -196,7 +239,7 @@ def update(
     sleep_time: Annotated[
         float,
         typer.Option(
-            callback=_not_negative,
+            callback=not_negative,
             help="Seconds to stay after the update, so that others may use these parameter servers.",
         ),
     ] = 0.0,
@@ -214,10 +257,10 @@ def update(
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(callback=_positive, help="Seconds that the update may take.")
+        float, typer.Option(callback=positive, help="Seconds that the update may take.")
     ] = 600.0,
     health_timeout: Annotated[
-        float, typer.Option(callback=_positive, help="Seconds to wait for the engine's /health.")
+        float, typer.Option(callback=positive, help="Seconds to wait for the engine's /health.")
     ] = 600.0,
     custom_dist: Annotated[
         str,
@@ -230,6 +273,29 @@ def update(
     verbose: Verbose = False,
 ) -> None:
     """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
+    checkpoint_path = check_way(checkpoint_path, load_metas_file, update_method)
+    if custom_dist != "auto":
+        os.environ["CKPT_ENGINE_CUSTOM_DIST"] = custom_dist
+    push(
+        _engine_maker(engine, pause, api_key, partial=partial, native=native),
+        checkpoint_path=checkpoint_path,
+        checkpoint_name=checkpoint_name,
+        split=split,
+        endpoints=endpoint or [DEFAULT_ENDPOINT],
+        inference_parallel_size=inference_parallel_size,
+        uds=uds,
+        sleep_time=sleep_time,
+        save_metas_file=save_metas_file,
+        report_file=report_file,
+        timeout=timeout,
+        health_timeout=health_timeout,
+    )
+
+
+def check_way(
+    checkpoint_path: Path | None, load_metas_file: Path | None, update_method: UpdateMethod
+) -> Path:
+    """The checkpoint to push. Raises ConfigError, or typer's BadParameter: not in this version."""
     if load_metas_file is not None:
         _check_metas(load_metas_file)
         raise ConfigError(
@@ -242,22 +308,40 @@ def update(
         raise typer.BadParameter(
             f"{update_method.value} is not in this version: use broadcast", param_hint="--update-method"
         )
+    return checkpoint_path
 
+
+def push(
+    make_engine: Callable[[InferenceGroup], Target],
+    *,
+    checkpoint_path: Path,
+    checkpoint_name: str,
+    split: Split | None,
+    endpoints: Sequence[str],
+    inference_parallel_size: int | None,
+    uds: str | None,
+    sleep_time: float,
+    save_metas_file: Path | None,
+    report_file: Path | None,
+    timeout: float,
+    health_timeout: float,
+) -> UpdateReport:
+    """This rank's part of a command that puts a checkpoint into engines. Rank 0 tells what happens.
+
+    Args:
+        make_engine: called with the rank's inference group.
+
+    Raises:
+        CkptEngineError, OSError: what failed; typer's BadParameter: a bad option.
+    """
     from ckpt_engine.metadata import metas_to_json
     from ckpt_engine.parameter_server import ParameterServer
     from ckpt_engine.server.engine_client import request_timeout
 
-    if custom_dist != "auto":
-        os.environ["CKPT_ENGINE_CUSTOM_DIST"] = custom_dist
-    make_engine = _engine_maker(engine, pause, api_key, partial=partial, native=native)
     with ParameterServer() as ps:
         leads = ps.rank == 0
         group = inference_group(
-            ps.rank,
-            ps.world_size,
-            size=inference_parallel_size,
-            endpoints=endpoint or [DEFAULT_ENDPOINT],
-            uds=uds,
+            ps.rank, ps.world_size, size=inference_parallel_size, endpoints=endpoints, uds=uds
         )
         if leads:
             _check_can_be_written(save_metas_file, "--save-metas-file")
@@ -291,12 +375,15 @@ def update(
             f"{checkpoint_name} is in place as version {report.version}: {report.tensors} tensors, "
             f"{format_nbytes(report.nbytes)}, {format_nbytes(report.nbytes / report.seconds)}/s"
         )
+        if asks:
+            target.finish()
         if leads and report_file is not None:
-            document = _report(report, stages, ps.world_size, update_method)
+            document = _report(report, stages, ps.world_size, UpdateMethod.BROADCAST)
             _write(report_file, json.dumps(document, indent=2).encode() + b"\n")
         if sleep_time:
             stages.say(f"staying for {sleep_time:g} s")
             time.sleep(sleep_time)
+        return report
 
 
 class UpdateCommand(TyperCommand):
@@ -311,45 +398,16 @@ class UpdateCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-class _Target(Protocol):
-    """The engine of a group."""
-
-    def wait_until_ready(self, timeout: float) -> None: ...
-
-    def receive(self, socket_paths: SocketPaths, timeout: float) -> None: ...
-
-    def paused(self, timeout: float) -> AbstractContextManager[None]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _AnyEngine:
-    group: InferenceGroup
-
-    def wait_until_ready(self, timeout: float) -> None:
-        from ckpt_engine.server.engine_client import wait_until_healthy
-
-        wait_until_healthy(self.group.endpoint, timeout, self.group.uds)
-
-    def receive(self, socket_paths: SocketPaths, timeout: float) -> None:
-        from ckpt_engine.server.engine_client import request_inference_to_update
-
-        url = f"{self.group.endpoint}/collective_rpc"
-        request_inference_to_update(url, socket_paths, timeout, self.group.uds)
-
-    def paused(self, timeout: float) -> AbstractContextManager[None]:
-        return nullcontext()
-
-
 def _engine_maker(
     engine: Engine, pause: str, api_key: str | None, *, partial: bool, native: bool
-) -> Callable[[InferenceGroup], _Target]:
+) -> Callable[[InferenceGroup], Target]:
     """What makes a group's engine of the options. Raises typer.BadParameter for those that do not fit."""
     if engine is Engine.ANY:
         if pause != "none" or partial or native:
             raise typer.BadParameter(
                 "--pause, --partial and --native are for --engine vllm", param_hint="--engine"
             )
-        return _AnyEngine
+        return AnyEngine
     from ckpt_engine_vllm.server_client import PauseMode, VllmServer
 
     if pause not in set(PauseMode):

@@ -17,6 +17,7 @@ import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -176,6 +177,56 @@ def request_timeout(timeout: float) -> float:
     Deadlines nest: the HTTP request waits up to 10 s longer than the RPC, and must end before the update.
     """
     return timeout - min(20.0, timeout / 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an engine answered: any status; `body`: at most MAX_ANSWER_NBYTES of it."""
+
+    status: int
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """For an error message: the message and traceback of a JSON error body, else the body itself."""
+        return _error_text(self.body)
+
+
+def ask_engine(
+    method: str,
+    url: str,
+    timeout: float,
+    uds: str | None = None,
+    *,
+    body: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
+) -> Answer:
+    """One request to one of the engine's routes, for engines whose routes are their own.
+
+    Args:
+        timeout: seconds.
+        body: sent as JSON.
+        api_key: sent as `Authorization: Bearer`.
+
+    Raises:
+        ConfigError: the address is none, or `timeout` no number of seconds; no wait will mend either.
+        EngineRequestError: no answer.
+    """
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise ConfigError(f"timeout={timeout!r}: give a finite number of seconds above 0")
+    encoded = json.dumps(body).encode() if body is not None else b""
+    where = _where(url, uds)
+    try:
+        status, answer = _exchange(
+            method, url, timeout, uds, body=encoded, limit=MAX_ANSWER_NBYTES, api_key=api_key
+        )
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise ConfigError(f"{where} is not an address: {_name(error)}") from None
+    except (httpx.TimeoutException, TimeoutError) as error:
+        raise EngineRequestError(f"{where} did not answer within {timeout:g} s ({_name(error)})") from None
+    except (httpx.HTTPError, OSError) as error:
+        raise EngineRequestError(f"{where} could not be asked: {_name(error)}") from None
+    return Answer(status, answer)
 
 
 def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, path: str = "/health") -> None:

@@ -143,6 +143,9 @@ class VllmServer:
             if resume:
                 self._post("/resume", ROUTE_SECONDS)
 
+    def finish(self) -> None:
+        """Nothing is left to do after the commit."""
+
     @property
     def _base(self) -> str:
         return self.endpoint.rstrip("/")
