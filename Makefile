@@ -3,9 +3,14 @@
 #   PYTHON   the interpreter that makes the virtual environment (3.10 or newer)
 #   TORCH    the build of PyTorch; by default the CPU build where there is no NVIDIA GPU
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
+#   ENGINE   what `demo` updates: embedded (small engines of this package) or vllm (its server, on CPU)
+#   SGLANG   the version of SGLang for `test-sglang-other`
+#   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
 ARGS ?=
+ENGINE ?= embedded
+VENV_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/ckpt-engine/venvs
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -14,13 +19,13 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu test-ascend check lock clean
+.PHONY: help demo test test-faults test-gpu test-ascend test-vllm test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
-	@$(BIN)/ckpt-engine demo $(ARGS)
+demo: $(if $(filter vllm,$(ENGINE)),.venv-vllm/.stamp,$(STAMP))  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
+	@$(if $(filter vllm,$(ENGINE)),.venv-vllm/bin,$(BIN))/ckpt-engine demo --engine $(ENGINE) $(ARGS)
 
 test: $(STAMP)  ## Runs all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -33,6 +38,18 @@ test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 
 test-ascend: $(STAMP)  ## Runs the tests of the Ascend adapter: npu-smi's formats, updates on a stand-in for NPUs
 	$(BIN)/python -m pytest tests/engines/ascend $(ARGS)
+
+test-vllm: .venv-vllm/.stamp  ## Runs the tests on real vLLM (CPU)
+	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
+
+test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
+	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
+
+test-sglang-other: .venv-sglang/.stamp  ## The same on another SGLang: SGLANG=0.5.22, else the newest there is
+	rm -rf .venv-sglang/other
+	.venv-sglang/bin/python -m pip -qq --disable-pip-version-check install --no-deps --target .venv-sglang/other \
+	  sglang$(if $(SGLANG),==$(SGLANG))
+	PYTHONPATH=$(CURDIR)/.venv-sglang/other .venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests
 	$(BIN)/ruff format --check .
@@ -51,6 +68,29 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@echo "Installing ckpt-engine and its tools, at the versions of constraints.txt ..."
 	@$(PIP) install hatchling -c constraints.txt
 	@$(PIP) install --no-build-isolation -e '.[dev]' -c constraints.txt
+	@touch $@
+
+# An engine's packages lie in VENV_CACHE, under the hash of their lock, for every clone to use. A clone's own
+# environment is small: a path to those, and this package in place.
+.PRECIOUS: .venv-%/.stamp $(VENV_CACHE)/%/.stamp
+.venv-%/.stamp: integrations/%/constraints.txt pyproject.toml Makefile
+	@mkdir -p $(VENV_CACHE)
+	@packages=$(VENV_CACHE)/$*-$$(sha256sum $< | cut -c1-16) && \
+	  flock $$packages.lock $(MAKE) --no-print-directory LOCKED=$< $$packages/.stamp && \
+	  echo "Making $(@D) ..." && \
+	  rm -rf $(@D) && \
+	  $$packages/bin/python -m venv --without-pip $(@D) && \
+	  ls -d $$packages/lib/python*/site-packages > $$(ls -d $(@D)/lib/python*/site-packages)/packages.pth && \
+	  $$packages/bin/python -m pip -qq --disable-pip-version-check --python $(@D)/bin/python \
+	    install --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(VENV_CACHE)/%/.stamp:
+	@echo "Making $(@D), which takes minutes and more than 3 GB, once ..."
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip -qq --disable-pip-version-check install --no-deps -r $(LOCKED) || \
+	  { $(subst $(TORCH),an engine's packages,$(TORCH_HELP)); exit 1; }
 	@touch $@
 
 # Never another build in its place: the default one of the package index brings gigabytes of CUDA.
@@ -82,5 +122,5 @@ endef
 export LOCK
 
 clean:  ## Removes the virtual environment, caches and build products
-	rm -rf $(VENV) build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm .venv-sglang build dist .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

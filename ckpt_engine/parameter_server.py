@@ -36,6 +36,7 @@ from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_jso
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import error_of
+from ckpt_engine.transport.vllm_groups import check_custom_dist
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession, purpose_of
@@ -93,6 +94,8 @@ class ParameterServer:
         self.auto_pg = auto_pg
         self._master_addr, self._master_port = master_addr, master_port
         self._device = make_device(device, self.settings, self.local_rank)
+        if self.settings.custom_dist != "auto":
+            check_custom_dist(self.settings.custom_dist, self._device)
         self._registry = CheckpointRegistry(
             self.settings.load_threads, self.settings.huge_pages, self._device.pinner
         )

@@ -85,12 +85,15 @@ class Settings(BaseSettings):
         30, gt=2, validation_alias=AliasChoices("stall_timeout", "CKPT_ENGINE_STALL_TIMEOUT")
     )
 
-    collectives: Literal["torch", "vllm_hccl"] = Field(
-        "torch", validation_alias=AliasChoices("collectives", "CKPT_ENGINE_COLLECTIVES")
+    # Ours: whose groups carry the broadcasts
+    custom_dist: Literal["auto", "vllm_nccl", "vllm_gloo", "vllm_hccl"] = Field(
+        "auto", validation_alias=AliasChoices("custom_dist", "CKPT_ENGINE_CUSTOM_DIST")
     )
     release_groups: bool = Field(
         False, validation_alias=AliasChoices("release_groups", "CKPT_ENGINE_RELEASE_GROUPS")
     )
+
+    guard: bool = Field(False, validation_alias=AliasChoices("guard", "CKPT_ENGINE_GUARD"))
 
     # Ours: who may use the HTTP API
     api_token: SecretStr | None = Field(

@@ -52,11 +52,14 @@ class DemoFailed(CkptEngineError):
     """A step did not work, or a check did not hold."""
 
 
-def run_demo(*, size: str = "small", keep: bool = False, timeout: float = 300) -> int:
-    """Runs the demo and writes its JSON line.
+def run_demo(
+    *, size: str = "small", keep: bool = False, timeout: float = 300, kind: type[Demo] | None = None
+) -> int:
+    """Runs a demo and writes its JSON line.
 
     Args:
         size: of the checkpoint, `small` (56 MB) or `tiny` (0.2 MB).
+        kind: with which engine; by default the embedded one.
         keep: leave the directory with the checkpoint and the logs behind.
         timeout: seconds for everything.
 
@@ -66,7 +69,7 @@ def run_demo(*, size: str = "small", keep: bool = False, timeout: float = 300) -
     status = 1
     console = Console(stderr=True, highlight=False)
     with Signals() as signals:
-        demo = _Demo(size, Deadline.after(timeout), console, signals)
+        demo = (kind or EmbeddedDemo)(size, Deadline.after(timeout), console, signals)
         try:
             with signals.raising():
                 document = {"verified": True, **demo.run()}
@@ -88,8 +91,8 @@ def run_demo(*, size: str = "small", keep: bool = False, timeout: float = 300) -
     return status
 
 
-class _Demo:
-    """The directory, the children, and the steps in order."""
+class Demo:
+    """A directory, child processes, and the steps in order, of which `run` is made."""
 
     def __init__(self, size: str, deadline: Deadline, console: Console, signals: Signals) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="ckpt-engine-demo-"))
@@ -102,8 +105,73 @@ class _Demo:
 
     def run(self) -> dict[str, Any]:
         """All steps; what the JSON line says of them. Raises when one fails or a check does not hold."""
+        raise NotImplementedError
+
+    def show_logs(self) -> None:
+        """The ends of the children's logs, on stderr."""
+        for log in sorted(self.directory.glob("*.log")):
+            if text := _tail(log):
+                self._console.print(f"--- the end of {log.name} ---", style="bold")
+                self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self, *, keep: bool) -> None:
+        """Ends every child, then removes the directory."""
+        self._children.end()
+        if keep:
+            self._console.print(f"kept {self.directory}", soft_wrap=True)
+        else:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _update(self, endpoints: Sequence[str], *options: str) -> dict[str, Any]:
+        """`ckpt-engine update` under torchrun, with one parameter server for each engine; its report."""
+        report = self.directory / "report.json"
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(len(endpoints))]
+        launch += ["--master-addr", "127.0.0.1", "--master-port", str(two_free_ports())]
+        update = ["-m", "ckpt_engine.cli.main", "update", "--checkpoint-path", str(self._checkpoint)]
+        update += [
+            "--checkpoint-name",
+            "demo",
+            "--inference-parallel-size",
+            "1",
+            "--report-file",
+            str(report),
+            *options,
+        ]
+        for endpoint in endpoints:
+            update += ["--endpoint", endpoint]
+        # One host: its name need not resolve.
+        launcher = self._children.start("update", launch + update, GLOO_SOCKET_IFNAME="lo")
+        if status := self._wait("the update to end", launcher.process.poll):
+            raise DemoFailed(f"the update ended with exit status {status}")
+        try:
+            document = json.loads(report.read_bytes())
+            document["update_seconds"] = float(document["update_seconds"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise DemoFailed(f"the update wrote no usable report: {type(error).__name__}: {error}") from None
+        return cast("dict[str, Any]", document)
+
+    def _wait(self, what: str, result: Callable[[], T | None]) -> T:
+        """Polls until `result()` is not None; fails when an engine ends meanwhile."""
+        while (found := result()) is None:
+            self._left(what)
+            for engine in self._engines:
+                if (status := engine.process.poll()) is not None:
+                    raise DemoFailed(f"{engine.name} ended with exit status {status}")
+            time.sleep(0.05)
+        return found
+
+    def _left(self, what: str) -> float:
+        if self._deadline.passed:
+            raise DemoFailed(f"the demo's timeout passed while it waited for {what}")
+        return self._deadline.remaining
+
+
+class EmbeddedDemo(Demo):
+    """Two embedded engines, each with a parameter server."""
+
+    def run(self) -> dict[str, Any]:
         # transformers takes seconds to import, and `ckpt-engine --help` imports this module.
-        with _Steps(self._console) as steps:
+        with Steps(self._console, STEPS) as steps:
             steps.begin("Making a checkpoint")
             from ckpt_engine.embedded_engine import model as models
 
@@ -157,21 +225,6 @@ class _Demo:
             "size": self._size,
         }
 
-    def show_logs(self) -> None:
-        """The ends of the children's logs, on stderr."""
-        for log in sorted(self.directory.glob("*.log")):
-            if text := _tail(log):
-                self._console.print(f"--- the end of {log.name} ---", style="bold")
-                self._console.print(text, markup=False, soft_wrap=True)
-
-    def close(self, *, keep: bool) -> None:
-        """Ends every child, then removes the directory."""
-        self._children.end()
-        if keep:
-            self._console.print(f"kept {self.directory}", soft_wrap=True)
-        else:
-            shutil.rmtree(self.directory, ignore_errors=True)
-
     def _start_engines(self) -> list[str]:
         self._engines = [
             self._children.start(
@@ -189,32 +242,6 @@ class _Demo:
             wait_until_healthy(endpoint, self._left(f"{endpoint} to be healthy"))
         return endpoints
 
-    def _update(self, endpoints: Sequence[str]) -> dict[str, Any]:
-        report = self.directory / "report.json"
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(len(endpoints))]
-        launch += ["--master-addr", "127.0.0.1", "--master-port", str(two_free_ports())]
-        update = ["-m", "ckpt_engine.cli.main", "update", "--checkpoint-path", str(self._checkpoint)]
-        update += [
-            "--checkpoint-name",
-            "demo",
-            "--inference-parallel-size",
-            "1",
-            "--report-file",
-            str(report),
-        ]
-        for endpoint in endpoints:
-            update += ["--endpoint", endpoint]
-        # One host: its name need not resolve.
-        launcher = self._children.start("update", launch + update, GLOO_SOCKET_IFNAME="lo")
-        if status := self._wait("the update to end", launcher.process.poll):
-            raise DemoFailed(f"the update ended with exit status {status}")
-        try:
-            document = json.loads(report.read_bytes())
-            document["update_seconds"] = float(document["update_seconds"])
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise DemoFailed(f"the update wrote no usable report: {type(error).__name__}: {error}") from None
-        return cast("dict[str, Any]", document)
-
     def _generate(self, endpoint: str) -> list[int]:
         request = {"prompt_token_ids": list(PROMPT), "max_tokens": MAX_TOKENS}
         with httpx.Client(timeout=self._left("a generation"), trust_env=False) as client:
@@ -222,21 +249,6 @@ class _Demo:
         if not response.is_success:
             raise DemoFailed(f"{endpoint} answered HTTP {response.status_code}: {response.text[:1000]}")
         return cast("list[int]", response.json()["token_ids"])
-
-    def _wait(self, what: str, result: Callable[[], T | None]) -> T:
-        """Polls until `result()` is not None; fails when an engine ends meanwhile."""
-        while (found := result()) is None:
-            self._left(what)
-            for engine in self._engines:
-                if (status := engine.process.poll()) is not None:
-                    raise DemoFailed(f"{engine.name} ended with exit status {status}")
-            time.sleep(0.05)
-        return found
-
-    def _left(self, what: str) -> float:
-        if self._deadline.passed:
-            raise DemoFailed(f"the demo's timeout passed while it waited for {what}")
-        return self._deadline.remaining
 
 
 def compare_digests(endpoint: str, expected: dict[str, str], digests: dict[str, str]) -> None:
@@ -263,10 +275,10 @@ def two_free_ports() -> int:
     raise DemoFailed("found no two consecutive free ports")
 
 
-class _Steps:
+class Steps:
     """A bar on a terminal; elsewhere a line per step."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, count: int) -> None:
         self._console = console
         self._began = 0.0
         self._what = ""
@@ -280,9 +292,9 @@ class _Steps:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("", total=STEPS)
+        self._task = self._progress.add_task("", total=count)
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> Steps:
         self._progress.start()
         return self
 

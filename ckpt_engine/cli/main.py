@@ -11,17 +11,19 @@ import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
-from typing import Annotated, ParamSpec
+from importlib.util import find_spec
+from typing import Annotated, Any, ParamSpec
 
 import typer
 
 from ckpt_engine import __version__
 from ckpt_engine.cli import Verbose
+from ckpt_engine.cli.compat import compat
 from ckpt_engine.cli.doctor import doctor
 from ckpt_engine.cli.inspect import inspect_checkpoint
 from ckpt_engine.cli.plan import plan_update
 from ckpt_engine.cli.serve import serve
-from ckpt_engine.cli.update import update
+from ckpt_engine.cli.update import UpdateCommand, update
 from ckpt_engine.errors import CkptEngineError, ConfigError, UpdateError
 
 P = ParamSpec("P")
@@ -42,7 +44,16 @@ class DemoSize(str, Enum):
     TINY = "tiny"
 
 
+class DemoEngine(str, Enum):
+    EMBEDDED = "embedded"
+    VLLM = "vllm"
+
+
 def demo(
+    engine: Annotated[
+        DemoEngine,
+        typer.Option(help="embedded: two small engines of this package. vllm: vLLM's server, if installed."),
+    ] = DemoEngine.EMBEDDED,
     size: Annotated[DemoSize, typer.Option(help="Size of the demo's model.")] = DemoSize.SMALL,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the demo's files.")] = False,
     verbose: Verbose = False,
@@ -53,8 +64,16 @@ def demo(
     """
     from ckpt_engine.cli.demo import run_demo
 
+    options: dict[str, Any] = {"size": size.value, "keep": keep}
+    if engine is DemoEngine.VLLM:
+        if find_spec("vllm") is None:
+            raise ConfigError("--engine vllm: vLLM is not installed here; see `make demo ENGINE=vllm`")
+        from ckpt_engine_vllm.demo import VllmDemo
+
+        # Two starts of vLLM, on two cores.
+        options |= {"kind": VllmDemo, "timeout": 900}
     # Its last line on stdout is JSON: nothing is printed after it.
-    raise typer.Exit(run_demo(size=size.value, keep=keep))
+    raise typer.Exit(run_demo(**options))
 
 
 def reported(command: Callable[P, None]) -> Callable[P, None]:
@@ -112,11 +131,12 @@ def _options(
     """Puts new weights into running LLM inference engines, in place."""
 
 
-app.command("update")(reported(update))
+app.command("update", cls=UpdateCommand)(reported(update))
 app.command("serve")(reported(serve))
 app.command("inspect")(reported(inspect_checkpoint))
 app.command("plan")(reported(plan_update))
 app.command("doctor")(reported(doctor))
+app.command("compat")(reported(compat))
 app.command("demo")(reported(demo))
 
 

@@ -12,13 +12,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
+from typer.core import TyperCommand
 
 from ckpt_engine.cli import Verbose, format_nbytes
 from ckpt_engine.errors import CheckpointFormatError, ConfigError
@@ -38,6 +39,13 @@ class UpdateMethod(str, Enum):
     BROADCAST = "broadcast"
     P2P = "p2p"
     ALL = "all"
+
+
+class Engine(str, Enum):
+    """Which engine listens at the endpoint."""
+
+    ANY = "any"
+    VLLM = "vllm"
 
 
 class Split(str, Enum):
@@ -91,6 +99,49 @@ def inference_group(
     )
 
 
+class Target(Protocol):
+    """The engine of an inference group, as the command's rank that asks it sees it."""
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Until the engine can be asked to update. Raises EngineRequestError."""
+        ...
+
+    def receive(self, socket_paths: SocketPaths, timeout: float) -> None:
+        """Has the engine's workers receive an update within `timeout` seconds. Raises EngineRequestError."""
+        ...
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]:
+        """Around the update: the engine answers no requests, where it can and was told to."""
+        ...
+
+    def finish(self) -> None:
+        """After the commit. Raises EngineRequestError: the weights are in place, but something is not."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnyEngine:
+    """One that has `/health` and `/collective_rpc`."""
+
+    group: InferenceGroup
+
+    def wait_until_ready(self, timeout: float) -> None:
+        from ckpt_engine.server.engine_client import wait_until_healthy
+
+        wait_until_healthy(self.group.endpoint, timeout, self.group.uds)
+
+    def receive(self, socket_paths: SocketPaths, timeout: float) -> None:
+        from ckpt_engine.server.engine_client import request_inference_to_update
+
+        url = f"{self.group.endpoint}/collective_rpc"
+        request_inference_to_update(url, socket_paths, timeout, self.group.uds)
+
+    def paused(self, timeout: float) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def finish(self) -> None: ...
+
+
 @dataclass
 class Stages:
     """Times the stages; `shown`: tells each one's duration when it is done."""
@@ -110,14 +161,14 @@ class Stages:
             typer.echo(text)
 
 
-def _positive(seconds: float) -> float:
+def positive(seconds: float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise typer.BadParameter(f"{seconds} is not a finite number of seconds above 0")
     return seconds
 
 
-def _not_negative(seconds: float) -> float:
-    return seconds if seconds == 0 else _positive(seconds)
+def not_negative(seconds: float) -> float:
+    return seconds if seconds == 0 else positive(seconds)
 
 
 def update(
@@ -150,6 +201,37 @@ def update(
         int | None,
         typer.Option(min=1, help="Ranks per inference group, i.e. per engine.", show_default="world size"),
     ] = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="any: one that only has /health and /collective_rpc. vllm: also pauses generation (--pause) "
+            "and resets the prefix cache."
+        ),
+    ] = Engine.ANY,
+    pause: Annotated[
+        str,
+        typer.Option(
+            help="With --engine vllm, requests that are being answered: none (they go on with the new "
+            "weights), keep (so, and new ones queue up), wait (they finish first) or abort."
+        ),
+    ] = "none",
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial", help="With --engine vllm: modules that nothing is sent for keep their weights."
+        ),
+    ] = False,
+    native: Annotated[
+        bool,
+        typer.Option(
+            "--native",
+            help="With --engine vllm: go through vLLM's weight-transfer routes; see its README.",
+        ),
+    ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="VLLM_API_KEY", help="With --engine vllm: the server's key.", show_default=False),
+    ] = None,
     uds: Annotated[
         str | None,
         typer.Option(help="Reach the engine on this Unix socket; {group} stands for the group's number."),
@@ -157,7 +239,7 @@ def update(
     sleep_time: Annotated[
         float,
         typer.Option(
-            callback=_not_negative,
+            callback=not_negative,
             help="Seconds to stay after the update, so that others may use these parameter servers.",
         ),
     ] = 0.0,
@@ -175,22 +257,45 @@ def update(
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(callback=_positive, help="Seconds that the update may take.")
+        float, typer.Option(callback=positive, help="Seconds that the update may take.")
     ] = 600.0,
     health_timeout: Annotated[
-        float, typer.Option(callback=_positive, help="Seconds to wait for the engine's /health.")
+        float, typer.Option(callback=positive, help="Seconds to wait for the engine's /health.")
     ] = 600.0,
     custom_dist: Annotated[
-        bool,
+        str,
         typer.Option(
             "--custom-dist",
-            help="Accepted, without effect: the groups are always the parameter servers' own, chosen "
-            "automatically, and leave torch's default group alone.",
+            help="vllm_nccl, vllm_gloo or vllm_hccl: broadcast through vLLM's stateless groups. Alone, or auto: "
+            "through groups chosen automatically. None of them touches torch's default group.",
         ),
-    ] = False,
+    ] = "auto",
     verbose: Verbose = False,
 ) -> None:
     """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
+    checkpoint_path = check_way(checkpoint_path, load_metas_file, update_method)
+    if custom_dist != "auto":
+        os.environ["CKPT_ENGINE_CUSTOM_DIST"] = custom_dist
+    push(
+        _engine_maker(engine, pause, api_key, partial=partial, native=native),
+        checkpoint_path=checkpoint_path,
+        checkpoint_name=checkpoint_name,
+        split=split,
+        endpoints=endpoint or [DEFAULT_ENDPOINT],
+        inference_parallel_size=inference_parallel_size,
+        uds=uds,
+        sleep_time=sleep_time,
+        save_metas_file=save_metas_file,
+        report_file=report_file,
+        timeout=timeout,
+        health_timeout=health_timeout,
+    )
+
+
+def check_way(
+    checkpoint_path: Path | None, load_metas_file: Path | None, update_method: UpdateMethod
+) -> Path:
+    """The checkpoint to push. Raises ConfigError, or typer's BadParameter: not in this version."""
     if load_metas_file is not None:
         _check_metas(load_metas_file)
         raise ConfigError(
@@ -203,62 +308,118 @@ def update(
         raise typer.BadParameter(
             f"{update_method.value} is not in this version: use broadcast", param_hint="--update-method"
         )
+    return checkpoint_path
 
+
+def push(
+    make_engine: Callable[[InferenceGroup], Target],
+    *,
+    checkpoint_path: Path,
+    checkpoint_name: str,
+    split: Split | None,
+    endpoints: Sequence[str],
+    inference_parallel_size: int | None,
+    uds: str | None,
+    sleep_time: float,
+    save_metas_file: Path | None,
+    report_file: Path | None,
+    timeout: float,
+    health_timeout: float,
+) -> UpdateReport:
+    """This rank's part of a command that puts a checkpoint into engines. Rank 0 tells what happens.
+
+    Args:
+        make_engine: called with the rank's inference group.
+
+    Raises:
+        CkptEngineError, OSError: what failed; typer's BadParameter: a bad option.
+    """
     from ckpt_engine.metadata import metas_to_json
     from ckpt_engine.parameter_server import ParameterServer
-    from ckpt_engine.server.engine_client import (
-        request_inference_to_update,
-        request_timeout,
-        wait_until_healthy,
-    )
+    from ckpt_engine.server.engine_client import request_timeout
 
     with ParameterServer() as ps:
         leads = ps.rank == 0
         group = inference_group(
-            ps.rank,
-            ps.world_size,
-            size=inference_parallel_size,
-            endpoints=endpoint or [DEFAULT_ENDPOINT],
-            uds=uds,
+            ps.rank, ps.world_size, size=inference_parallel_size, endpoints=endpoints, uds=uds
         )
         if leads:
             _check_can_be_written(save_metas_file, "--save-metas-file")
             _check_can_be_written(report_file, "--report-file")
         stages = Stages(shown=leads)
         asks = ps.rank == group.first
+        target = make_engine(group)
 
         def ask_engine(socket_paths: SocketPaths) -> None:
             if asks:
-                request_inference_to_update(
-                    f"{group.endpoint}/collective_rpc",
-                    group.part(socket_paths),
-                    request_timeout(timeout),
-                    group.uds,
-                )
+                target.receive(group.part(socket_paths), request_timeout(timeout))
 
         with stages.stage("register"):
             share = share_of(checkpoint_path, split, ps.rank, ps.world_size)
             ps.register_checkpoint(checkpoint_name, files=share)
         if asks:
             with stages.stage("health"):
-                wait_until_healthy(group.endpoint, health_timeout, group.uds)
+                target.wait_until_ready(health_timeout)
         with stages.stage("gather"):
             # Ranks that ask no engine are here first, and wait for those that wait for theirs.
             ps.gather_metas(checkpoint_name, timeout=timeout + health_timeout)
         if leads and save_metas_file is not None:
             _write(save_metas_file, metas_to_json(ps.get_metas()))
-        with stages.stage("update"), _progress(shown=leads) as on_progress:
+        with (
+            stages.stage("update"),
+            _progress(shown=leads) as on_progress,
+            target.paused(timeout) if asks else nullcontext(),
+        ):
             report = ps.update(checkpoint_name, ask_engine, timeout=timeout, on_progress=on_progress)
         stages.say(
             f"{checkpoint_name} is in place as version {report.version}: {report.tensors} tensors, "
             f"{format_nbytes(report.nbytes)}, {format_nbytes(report.nbytes / report.seconds)}/s"
         )
+        if asks:
+            target.finish()
         if leads and report_file is not None:
-            document = _report(report, stages, ps.world_size, update_method)
+            document = _report(report, stages, ps.world_size, UpdateMethod.BROADCAST)
             _write(report_file, json.dumps(document, indent=2).encode() + b"\n")
         if sleep_time:
             stages.say(f"staying for {sleep_time:g} s")
             time.sleep(sleep_time)
+        return report
+
+
+class UpdateCommand(TyperCommand):
+    """Its `--custom-dist` alone stands for `--custom-dist auto`, as the reference has it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - click's
+        option = "--custom-dist"
+        if option in args:
+            value = args.index(option) + 1
+            if value == len(args) or args[value].startswith("-"):
+                args = [*args[:value], "auto", *args[value:]]
+        return super().parse_args(ctx, args)
+
+
+def _engine_maker(
+    engine: Engine, pause: str, api_key: str | None, *, partial: bool, native: bool
+) -> Callable[[InferenceGroup], Target]:
+    """What makes a group's engine of the options. Raises typer.BadParameter for those that do not fit."""
+    if engine is Engine.ANY:
+        if pause != "none" or partial or native:
+            raise typer.BadParameter(
+                "--pause, --partial and --native are for --engine vllm", param_hint="--engine"
+            )
+        return AnyEngine
+    from ckpt_engine_vllm.server_client import PauseMode, VllmServer
+
+    if pause not in set(PauseMode):
+        raise typer.BadParameter(f"{pause!r}: one of none, keep, wait and abort", param_hint="--pause")
+    return lambda group: VllmServer(
+        endpoint=group.endpoint,
+        uds=group.uds,
+        api_key=api_key,
+        partial=partial,
+        pause=PauseMode(pause),
+        native=native,
+    )
 
 
 def share_of(path: Path, split: Split | None, rank: int, world_size: int) -> list[FileSelection]:

@@ -68,9 +68,9 @@ def make_device(name: str | None, settings: Settings, index: int) -> Device:
         ConfigError: no such device here.
     """
     kind = detect_device(name)
-    if settings.collectives == "vllm_hccl" and kind != "npu":
+    if settings.custom_dist == "vllm_hccl" and kind != "npu":
         raise ConfigError(
-            f"CKPT_ENGINE_COLLECTIVES=vllm_hccl is for NPUs; this rank's device is of kind {kind}"
+            f"CKPT_ENGINE_CUSTOM_DIST=vllm_hccl is for NPUs; this rank's device is of kind {kind}"
         )
     if kind == "cpu":
         return CpuDevice(settings, index)

@@ -352,7 +352,7 @@ class NpuDevice:
                 "ranks that share this host's devices, or check ASCEND_RT_VISIBLE_DEVICES (ids must ascend)"
             )
         self.index = index
-        self.collectives: str = "hccl" if settings.collectives == "torch" else settings.collectives
+        self.collectives: str = "vllm_hccl" if settings.custom_dist == "vllm_hccl" else "hccl"
         if self.collectives == "vllm_hccl":
             require_execution_timeout(os.environ)
         # Else calls without a device would give this process a context on NPU 0, too.

@@ -52,7 +52,7 @@ def require_execution_timeout(environment: Mapping[str, str]) -> None:
     value = environment.get(EXECUTION_TIMEOUT, "")
     if not value.isdecimal() or int(value) == 0:
         raise ConfigError(
-            f"CKPT_ENGINE_COLLECTIVES=vllm_hccl needs {EXECUTION_TIMEOUT} (it is {value!r}): vllm-ascend's "
+            f"CKPT_ENGINE_CUSTOM_DIST=vllm_hccl needs {EXECUTION_TIMEOUT} (it is {value!r}): vllm-ascend's "
             "communicator cannot be aborted, so a broadcast whose root is gone ends only then. Set it to "
             "more seconds than the longest broadcast takes, such as 60, on every rank"
         )

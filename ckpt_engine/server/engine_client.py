@@ -17,6 +17,7 @@ import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -37,6 +38,9 @@ def request_inference_to_update(
     socket_paths: Sequence[tuple[str, str]],
     timeout: float = 300.0,
     uds: str | None = None,
+    *,
+    api_key: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> None:
     """Has the engine's workers receive an update; returns once every one of them committed.
 
@@ -45,16 +49,27 @@ def request_inference_to_update(
         socket_paths: `(device_uuid, zmq_handle)` of every rank.
         timeout: seconds that the engine gives its workers; the HTTP request waits slightly longer.
         uds: path of the Unix socket to speak over; the host in `url` then only fills the Host header.
+        api_key: sent as the bearer token, where the engine asks for one.
+        options: further keyword arguments of the workers' method.
 
     Raises:
         EngineRequestError: not reached, refused, or a worker did not commit (with its traceback).
     """
     handles = [[uuid, handle] for uuid, handle in socket_paths]
     method = "update_weights_from_ipc"
-    results = call_engine(url, method, [handles], timeout=timeout, uds=uds)
-    where = _where(url, uds)
+    results = call_engine(url, method, [handles], timeout, uds, api_key=api_key, kwargs=options)
+    check_statuses(results, socket_paths, _where(url, uds))
+
+
+def check_statuses(results: Sequence[Any], socket_paths: Sequence[tuple[str, str]], where: str) -> None:
+    """Raises EngineRequestError unless every worker committed this very update.
+
+    Args:
+        results: what each worker's method returned.
+        where: the engine, in words.
+    """
     if not results:
-        raise EngineRequestError(f"{where} ran {method} on no worker: its list of results is empty")
+        raise EngineRequestError(f"{where} ran the update on no worker: its list of results is empty")
     asked = dict(socket_paths)
     problems = [
         (index, problem)
@@ -77,8 +92,11 @@ def call_engine(
     args: Sequence[Any] = (),
     timeout: float = 300.0,
     uds: str | None = None,
+    *,
+    api_key: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    """POSTs `{"method", "args", "timeout"}` and returns the answer's `results`, one per worker.
+    """POSTs `{"method", "args", "timeout"}`, and `kwargs` if any; the answer's `results`, one per worker.
 
     Args:
         timeout: seconds, sent to the engine; the HTTP request waits slightly longer (5 %, 1 to 10 s),
@@ -91,32 +109,66 @@ def call_engine(
         raise ConfigError(f"timeout={timeout!r}: give a finite number of seconds above 0")
     deadline = timeout + min(10.0, max(1.0, 0.05 * timeout))
     where = _where(url, uds)
+    request = {"method": method, "args": list(args), "timeout": timeout}
+    if kwargs:
+        request["kwargs"] = dict(kwargs)
     try:
-        body = json.dumps({"method": method, "args": list(args), "timeout": timeout}, allow_nan=False)
+        body = json.dumps(request, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"arguments of {method} are not JSON: {error}") from None
-    try:
-        status, answer = _exchange("POST", url, deadline, uds, body=body.encode(), limit=MAX_ANSWER_NBYTES)
-    except (httpx.TimeoutException, TimeoutError) as error:
-        raise EngineRequestError(
-            f"{where} did not answer {method} within {deadline:g} s ({_name(error)})"
-        ) from None
-    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-        raise EngineRequestError(f"{where} could not be asked to run {method}: {_name(error)}") from None
-    if not 200 <= status < 300:
-        raise EngineRequestError(f"{where} answered {method} with HTTP {status}: {_error_text(answer)}")
-    try:
-        document = json.loads(answer)
-    except (ValueError, RecursionError):
-        raise EngineRequestError(
-            f"{where} answered {method} with HTTP {status} and something that is not JSON: {_text(answer)}"
-        ) from None
+    answer = _post(url, body.encode(), deadline, uds, api_key, method)
+    document = _decoded(answer, where, method)
     results = document.get("results") if isinstance(document, dict) else None
     if not isinstance(results, list):
         raise EngineRequestError(
-            f"{where} answered {method} with HTTP {status} but no list of results: {_text(answer)}"
+            f"{where} answered {method} with HTTP 200 but no list of results: {_text(answer)}"
         )
     return results
+
+
+def post_to_engine(
+    url: str,
+    timeout: float,
+    uds: str | None = None,
+    *,
+    body: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
+) -> object:
+    """POSTs `body`, or nothing, to one of the engine's routes; its JSON answer, or None.
+
+    Raises:
+        EngineRequestError: unreachable, too late, an error status, or an answer that is not JSON.
+    """
+    name = httpx.URL(url).path
+    encoded = json.dumps(body).encode() if body is not None else b""
+    answer = _post(url, encoded, timeout, uds, api_key, name)
+    return _decoded(answer, _where(url, uds), name) if answer.strip() else None
+
+
+def _post(url: str, body: bytes, timeout: float, uds: str | None, api_key: str | None, name: str) -> bytes:
+    """The body of a successful answer. Raises EngineRequestError, with the request's `name`, else."""
+    where = _where(url, uds)
+    try:
+        status, answer = _exchange(
+            "POST", url, timeout, uds, body=body, limit=MAX_ANSWER_NBYTES, api_key=api_key
+        )
+    except (httpx.TimeoutException, TimeoutError) as error:
+        message = f"{where} did not answer {name} within {timeout:g} s ({_name(error)})"
+        raise EngineRequestError(message) from None
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        raise EngineRequestError(f"{where} could not be asked to run {name}: {_name(error)}") from None
+    if not 200 <= status < 300:
+        raise EngineRequestError(f"{where} answered {name} with HTTP {status}: {_error_text(answer)}")
+    return answer
+
+
+def _decoded(answer: bytes, where: str, name: str) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(answer)
+    except (ValueError, RecursionError):
+        raise EngineRequestError(
+            f"{where} answered {name} with HTTP 200 and something that is not JSON: {_text(answer)}"
+        ) from None
 
 
 def request_timeout(timeout: float) -> float:
@@ -125,6 +177,56 @@ def request_timeout(timeout: float) -> float:
     Deadlines nest: the HTTP request waits up to 10 s longer than the RPC, and must end before the update.
     """
     return timeout - min(20.0, timeout / 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an engine answered: any status; `body`: at most MAX_ANSWER_NBYTES of it."""
+
+    status: int
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """For an error message: the message and traceback of a JSON error body, else the body itself."""
+        return _error_text(self.body)
+
+
+def ask_engine(
+    method: str,
+    url: str,
+    timeout: float,
+    uds: str | None = None,
+    *,
+    body: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
+) -> Answer:
+    """One request to one of the engine's routes, for engines whose routes are their own.
+
+    Args:
+        timeout: seconds.
+        body: sent as JSON.
+        api_key: sent as `Authorization: Bearer`.
+
+    Raises:
+        ConfigError: the address is none, or `timeout` no number of seconds; no wait will mend either.
+        EngineRequestError: no answer.
+    """
+    if not (math.isfinite(timeout) and timeout > 0):
+        raise ConfigError(f"timeout={timeout!r}: give a finite number of seconds above 0")
+    encoded = json.dumps(body).encode() if body is not None else b""
+    where = _where(url, uds)
+    try:
+        status, answer = _exchange(
+            method, url, timeout, uds, body=encoded, limit=MAX_ANSWER_NBYTES, api_key=api_key
+        )
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+        raise ConfigError(f"{where} is not an address: {_name(error)}") from None
+    except (httpx.TimeoutException, TimeoutError) as error:
+        raise EngineRequestError(f"{where} did not answer within {timeout:g} s ({_name(error)})") from None
+    except (httpx.HTTPError, OSError) as error:
+        raise EngineRequestError(f"{where} could not be asked: {_name(error)}") from None
+    return Answer(status, answer)
 
 
 def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, path: str = "/health") -> None:
@@ -164,13 +266,22 @@ def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, pa
 
 
 def _exchange(
-    method: str, url: str, timeout: float, uds: str | None, *, body: bytes = b"", limit: int
+    method: str,
+    url: str,
+    timeout: float,
+    uds: str | None,
+    *,
+    body: bytes = b"",
+    limit: int,
+    api_key: str | None = None,
 ) -> tuple[int, bytes]:
     """One request on a connection of its own: the status and at most `limit` bytes of the body."""
     deadline = time.monotonic() + timeout
     headers = {"Connection": "close", "Accept": "application/json", "Accept-Encoding": "identity"}
     if body:
         headers["Content-Type"] = "application/json"
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
     if uds is not None:
         # httpcore leaks the Unix socket of a connection that fails (a ResourceWarning, later on).
         with socket.socket(socket.AF_UNIX) as probe:

@@ -38,7 +38,7 @@ Poll = Callable[[], object]
 class Collectives(Protocol):
     """A private group of ranks. All members call in the same order; none touches the default group.
 
-    vLLM's stateless groups for CUDA (`vllm_nccl`) would be a further implementation of this.
+    vLLM's stateless groups (`vllm_groups.py`) are further implementations of this.
     """
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
@@ -214,7 +214,7 @@ class VllmHcclCollectives(_DeviceGroup):
             stateless = importlib.import_module("vllm.distributed.utils").StatelessProcessGroup
         except ImportError as error:
             raise ConfigError(
-                f"CKPT_ENGINE_COLLECTIVES=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
+                f"CKPT_ENGINE_CUSTOM_DIST=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
             ) from error
         npu.set_device(self._index)
         group = _stateless_group(stateless, store, place, size)
@@ -297,6 +297,10 @@ def make_group(
         return HcclCollectives(store, name, place, size, device_index, deadline, poll)
     if kind == "vllm_hccl":
         return VllmHcclCollectives(store, name, place, size, device_index, deadline, poll)
+    if kind.startswith("vllm_"):
+        from ckpt_engine.transport.vllm_groups import make_vllm_group
+
+        return make_vllm_group(kind, store, name, place, size, device_index, deadline, poll)
     return GlooCollectives(store, name, place, size, deadline, poll)
 
 

@@ -24,12 +24,12 @@ def make_mover(me: Rank, meeting: Meeting, part: Part, links: HostLinks) -> Move
         return DirectMover(part)
     if not meeting.in_host_memory:
         # nccl refuses two ranks on one device.
-        kind = "gloo" if meeting.devices_shared else me.device.collectives
+        kind = me.collectives("gloo" if meeting.devices_shared else me.device.collectives)
         group = _group(me, meeting, part, meeting.members, kind)
         assert group is not None
         return GroupMover(part, meeting.members, group)
     hosts = Hosts.of(meeting.hosts())
-    leaders = _group(me, meeting, part, hosts.leaders, "gloo")
+    leaders = _group(me, meeting, part, hosts.leaders, me.collectives("gloo"))
     mover = HostMover(part, hosts, links, leaders)
     local = hosts.local_ranks(me.rank)
     if len(local) > 1:

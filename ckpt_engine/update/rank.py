@@ -72,6 +72,11 @@ class Rank:
             zmq_ctx=zmq.Context(),
         )
 
+    def collectives(self, kind: str) -> str:
+        """The kind of group to use where it would be `kind`: vLLM's, if the settings say so."""
+        asked = self.settings.custom_dist
+        return asked if asked == f"vllm_{kind}" else kind
+
     def drop_groups(self) -> None:
         """Groups are not used again after an abort: a member may still wait in them."""
         group, self.group, self.group_name = self.group, None, ""

@@ -43,8 +43,9 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_API_TOKEN": ("api_token", "open-sesame", SecretStr("open-sesame")),
     "CKPT_ENGINE_LOAD_THREADS": ("load_threads", "2", 2),
     "CKPT_ENGINE_HUGE_PAGES": ("huge_pages", "false", False),
-    "CKPT_ENGINE_COLLECTIVES": ("collectives", "vllm_hccl", "vllm_hccl"),
+    "CKPT_ENGINE_CUSTOM_DIST": ("custom_dist", "vllm_nccl", "vllm_nccl"),
     "CKPT_ENGINE_RELEASE_GROUPS": ("release_groups", "1", True),
+    "CKPT_ENGINE_GUARD": ("guard", "true", True),
     "CKPT_ENGINE_INPLACE_PIN": ("inplace_pin", "true", True),
 }
 
@@ -67,8 +68,8 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
-    if value == "vllm_hccl":
-        return "torch"
+    if value == "vllm_nccl":
+        return "vllm_gloo"
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 
 
@@ -121,7 +122,11 @@ def test_other_programs_variables_are_not_read(monkeypatch: pytest.MonkeyPatch, 
         ("CKPT_ENGINE_LOAD_THREADS", "0", "greater than or equal to 1"),
         ("CKPT_ENGINE_HUGE_PAGES", "maybe", "valid boolean"),
         ("CKPT_ENGINE_INPLACE_PIN", "2", "valid boolean"),
-        ("CKPT_ENGINE_COLLECTIVES", "nccl", "Input should be 'torch' or 'vllm_hccl'"),
+        (
+            "CKPT_ENGINE_CUSTOM_DIST",
+            "nccl",
+            "Input should be 'auto', 'vllm_nccl', 'vllm_gloo' or 'vllm_hccl'",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_by_the_variables_name_with_what_it_may_be(

@@ -1,6 +1,8 @@
-"""The place of SGLang's update command and the hook into its processes.
+"""Updates running SGLang servers: a plugin for SGLang's processes, and the command and client that ask them.
 
-Not in this version: there is no code here yet. Until there is, an engine's worker can receive updates
-by calling `ckpt_engine.ipc.receiver.serve_update` from a method that the engine can be asked to run;
-`ckpt_engine.embedded_engine.engine` does just that.
+- `plugin`: what SGLang loads by itself; `worker_update`, `models`, `rehearsal` and `completeness` do an
+  update in its schedulers, `guard` stands before its HTTP routes.
+- `sglang_update`: the command; `client.SglangServer`: the same for programs that hold the weights themselves.
+
+This package's README says what SGLang would do without it.
 """

@@ -302,7 +302,7 @@ def test_a_group_that_cannot_be_aborted_needs_an_end(
     monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
-    monkeypatch.setenv("CKPT_ENGINE_COLLECTIVES", "vllm_hccl")
+    monkeypatch.setenv("CKPT_ENGINE_CUSTOM_DIST", "vllm_hccl")
     if value is not None:
         monkeypatch.setenv("HCCL_EXEC_TIMEOUT", value)
     with pytest.raises(ConfigError, match="needs HCCL_EXEC_TIMEOUT"):

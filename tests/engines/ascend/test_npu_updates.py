@@ -55,7 +55,7 @@ WORLDS: dict[str, dict[str, str]] = {
     # The same, through vllm-ascend's communicator.
     "stateless": {
         "FAKE_NPU_SMI_SCENARIO": "a2_privileged_hostpid",
-        "CKPT_ENGINE_COLLECTIVES": "vllm_hccl",
+        "CKPT_ENGINE_CUSTOM_DIST": "vllm_hccl",
         "HCCL_EXEC_TIMEOUT": "2",
     },
     # One NPU for both: gloo through host memory; keys by environment.

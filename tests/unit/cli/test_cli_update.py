@@ -54,6 +54,15 @@ def test_an_engine_gets_the_checkpoint(cli: Cli, checkpoint: Path, engine: Engin
     assert "buckets" in report["update_stages"]
 
 
+@pytest.mark.parametrize(
+    "options", [("--pause", "keep"), ("--partial",), ("--native",), ("--engine", "vllm", "--pause", "twice")]
+)
+def test_options_that_do_not_fit_the_engine(cli: Cli, checkpoint: Path, options: tuple[str, ...]) -> None:
+    done = cli("update", "--checkpoint-path", checkpoint, *options)
+    assert done.exit_code == 2
+    assert "--engine vllm" in done.output or "none, keep, wait and abort" in done.output
+
+
 def test_a_worker_s_failure(cli: Cli, checkpoint: Path, engine: Engine, tmp_path: Path) -> None:
     engine.fail = True
     args = ("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url)
@@ -164,6 +173,18 @@ def test_by_file_through_the_engine(cli: Cli, checkpoint: Path, engine: Engine) 
     done = cli(*args, "--split", "file", "--custom-dist")
     assert done.exit_code == 0, done.output
     assert len(engine.weights) == 4
+
+
+def test_groups_that_cannot_be_had(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_CUSTOM_DIST", "auto")  # restored afterwards: the command sets it
+    args = ("update", "--checkpoint-path", checkpoint)
+    done = cli(*args, "--custom-dist", "vllm_nccl")
+    assert done.exit_code == 1
+    assert "custom_dist=vllm_nccl: needs CUDA devices" in done.output
+    done = cli(*args, "--custom-dist", "mpi")
+    assert done.exit_code == 1
+    assert "CKPT_ENGINE_CUSTOM_DIST='mpi'" in done.output
+    assert "vllm_gloo" in done.output
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from ends_for_ipc_tests import (
 
 from ckpt_engine.errors import ConfigError, PeerLost, ProtocolError, UpdateError
 from ckpt_engine.ipc import receiver
-from ckpt_engine.ipc.receiver import serve_update, update_weights_from_ipc
+from ckpt_engine.ipc.receiver import refuse_update, serve_update, update_weights_from_ipc
 from tests.support.worker import digest
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -178,6 +179,22 @@ def test_a_worker_without_a_handle_for_its_device_says_so(
         status = worker.answer()["status"]
         assert (status["outcome"], status["touched"], status["version"]) == ("failed", False, None)
         assert "no handle for device CPU-nowhere-0" in status["error"]
+
+
+def test_a_worker_that_does_not_know_its_device_says_so(context: Context, base: Path) -> None:
+    error = ConfigError("no driver")
+    with Sender(context, base) as sender, ThreadPoolExecutor(1) as pool:
+        refusing = pool.submit(
+            refuse_update, context, [["CPU-gone-7", "ipc://gone"], [UUID, sender.handle]], error
+        )
+        with pytest.raises(UpdateError, match="ConfigError: no driver") as caught:
+            sender.begin()
+        assert caught.value.touched is False
+        assert sender.channel.abort("refused")
+        status = refusing.result(SECONDS)
+        assert (status["outcome"], status["touched"], status["device"]) == ("failed", False, "")
+        assert "no driver" in status["error"]
+    assert "TypeError" in refuse_update(context, 5, error)["error"]  # type: ignore[arg-type]
 
 
 def test_a_closed_channel_leaves_no_socket_although_its_worker_stays(context: Context, base: Path) -> None:

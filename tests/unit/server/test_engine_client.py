@@ -22,7 +22,9 @@ from ckpt_engine.errors import ConfigError, EngineRequestError
 from ckpt_engine.server import engine_client
 from ckpt_engine.server.engine_client import (
     MAX_ERROR_NBYTES,
+    ask_engine,
     call_engine,
+    post_to_engine,
     request_inference_to_update,
     wait_until_healthy,
 )
@@ -207,6 +209,28 @@ def test_any_other_result_is_a_failure(engine: FakeEngine, url: str, result: obj
     assert "worker 1" in failure(url)
 
 
+def test_a_key_and_further_arguments_are_sent_when_given(engine: FakeEngine, url: str) -> None:
+    engine.answer({"results": [COMMITTED]})
+    request_inference_to_update(url, PATHS, timeout=7, api_key="secret", options={"partial": True})
+    ((_, _, headers, body),) = engine.requests
+    assert headers["authorization"] == "Bearer secret"
+    assert json.loads(body)["kwargs"] == {"partial": True}
+
+
+def test_a_route_of_the_engine(engine: FakeEngine, url: str) -> None:
+    url = url.replace("collective_rpc", "pause?mode=keep")
+    engine.answer({"status": "paused"})
+    assert post_to_engine(url, 5, body={"a": 1}) == {"status": "paused"}
+    engine.body = b""
+    assert post_to_engine(url, 5, api_key="secret") is None
+    assert [request[:2] for request in engine.requests] == [("POST", "/pause?mode=keep")] * 2
+    assert [request[3] for request in engine.requests] == [b'{"a": 1}', b""]
+    assert engine.requests[1][2]["authorization"] == "Bearer secret"
+    engine.answer({"error": "no scheduler"}, 500)
+    with pytest.raises(EngineRequestError, match="answered /pause with HTTP 500: no scheduler"):
+        post_to_engine(url, 5)
+
+
 def test_no_worker_at_all_is_a_failure(engine: FakeEngine, url: str) -> None:
     engine.answer({"results": []})
     assert "no worker" in failure(url)
@@ -359,6 +383,39 @@ def test_call_engine_returns_the_results(engine: FakeEngine, url: str) -> None:
         "args": ["p"],
         "timeout": 300.0,
     }
+
+
+def test_any_route_can_be_asked(engine: FakeEngine, url: str) -> None:
+    engine.answer({"error": {"message": "no such route"}}, status=404)
+    answer = ask_engine("POST", url, 5.0, body={"a": 1}, api_key="secret")
+    assert (answer.status, answer.text) == (404, "no such route")
+    method, _, headers, sent = engine.requests[-1]
+    assert (method, headers["authorization"], json.loads(sent)) == ("POST", "Bearer secret", {"a": 1})
+
+    engine.answer({"model": "m"})
+    assert json.loads(ask_engine("GET", url, 5.0).body) == {"model": "m"}
+    method, _, headers, sent = engine.requests[-1]
+    assert (method, sent, "authorization" in headers) == ("GET", b"", False)
+
+
+def test_a_route_that_cannot_be_asked(engine: FakeEngine, url: str, short_dir: Path) -> None:
+    with pytest.raises(EngineRequestError, match="could not be asked"):
+        ask_engine("GET", url, 5.0, str(short_dir / "missing"))
+    with pytest.raises(ConfigError, match="is not an address"):
+        ask_engine("GET", "nonsense", 5.0)
+    with pytest.raises(ConfigError, match="finite number of seconds"):
+        ask_engine("GET", url, float("nan"))
+    release = threading.Event()
+
+    def wait() -> None:
+        release.wait(30)
+
+    engine.before_answer = wait
+    try:
+        with pytest.raises(EngineRequestError, match=r"did not answer within 0\.2 s"):
+            ask_engine("GET", url, 0.2)
+    finally:
+        release.set()
 
 
 def test_no_descriptor_stays_open(engine: FakeEngine, url: str) -> None:

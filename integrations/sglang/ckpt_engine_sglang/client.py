@@ -1,0 +1,211 @@
+"""Asks an SGLang server over HTTP, in the words of every version that can update at all.
+
+server = SglangServer("http://127.0.0.1:30000")
+server.wait_until_serving(timeout=600)
+ps.update("step-100", lambda paths: server.update(paths, weight_version="step-100"))
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_engine.errors import EngineRequestError
+from ckpt_engine.server.engine_client import Answer, ask_engine
+from ckpt_engine_sglang.worker_update import OPTIONS_KEY
+
+_PROBE_SECONDS = 10.0
+_HEALTH_SECONDS = 3.0
+_INFO_SECONDS = 120.0
+"""For what SGLang asks its schedulers, which answer between two steps."""
+HTTP_UNAVAILABLE = 503
+_MODEL_INFO = ("/model_info", "/get_model_info")
+_SERVER_INFO = ("/server_info", "/get_server_info")
+"""Newest first: SGLang renamed its routes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerInfo:
+    """What a server says about itself; `worker_count`: its ranks, each on a device of its own."""
+
+    version: str
+    worker_count: int
+    replicas: int
+    dummy: bool
+    waits_for_weights: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SglangServer:
+    """A running server.
+
+    Args:
+        endpoint: such as `http://127.0.0.1:30000`.
+        uds: the Unix socket to speak over; the endpoint then only fills the Host header.
+        api_key: the server's `--admin-api-key`, or its `--api-key` where it has no other.
+    """
+
+    endpoint: str
+    uds: str | None = None
+    api_key: str | None = None
+
+    def update(
+        self,
+        socket_paths: Sequence[tuple[str, str]],
+        timeout: float = 300.0,
+        *,
+        weight_version: str | None = None,
+        flush_cache: bool = True,
+        partial: bool = False,
+        ignored: Sequence[str] = (),
+    ) -> str:
+        """Has the server's ranks receive an update; SGLang's message once all of them committed.
+
+        Args:
+            socket_paths: `(device_uuid, zmq_handle)` of the server's ranks.
+            timeout: seconds.
+            weight_version: what answers carry from then on. None: what they carry now, which is then wrong.
+            flush_cache: also drop what SGLang computed with the old weights (its prefix cache).
+            partial: modules that no tensor is sent for keep their weights.
+            ignored: patterns (fnmatch) of tensors that the model need not know.
+
+        Raises:
+            EngineRequestError: not reached, refused, or not committed; with SGLang's own message.
+        """
+        handles = dict(socket_paths)
+        if partial or ignored:
+            handles[OPTIONS_KEY] = json.dumps({"partial": partial, "ignored": list(ignored)})
+        body = {"zmq_handles": handles, "flush_cache": flush_cache, "weight_version": weight_version}
+        answer = self._ask("POST", ("/update_weights_from_ipc",), timeout, body)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise EngineRequestError(f"{self._where()} did not update its weights: {answer!r}")
+        return str(answer.get("message", ""))
+
+    def wait_until_serving(self, timeout: float) -> None:
+        """Until the server can be asked to update.
+
+        Its answers to /health or /ping tell nothing here: a server that waits for its first weights is not
+        healthy in some versions, and always healthy in others. One that tells its model is far enough.
+
+        Raises:
+            EngineRequestError: not after `timeout` seconds, or it refuses to tell.
+        """
+        self._poll(_MODEL_INFO, timeout, "serve")
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Until `is_ready`: after its first weights a server warms up.
+
+        Raises:
+            EngineRequestError: not after `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        pause = 0.05
+        while not self.is_ready():
+            if time.monotonic() > deadline:
+                raise EngineRequestError(f"{self._where()} did not get ready within {timeout:g} s")
+            time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
+            pause = min(1.0, 2 * pause)
+
+    def is_ready(self) -> bool:
+        """Whether the server has started, and no longer waits for its first weights.
+
+        SGLang 0.5.23 tells by /ping, which is always 200 in older versions. There /health is 503 at once
+        while a server starts; one that has started generates a token for it, which takes long where requests
+        are paused.
+
+        Raises:
+            EngineRequestError: the server cannot be asked.
+        """
+        if self._send("GET", "/ping", _PROBE_SECONDS).status == HTTP_UNAVAILABLE:
+            return False
+        began = time.monotonic()
+        try:
+            return self._send("GET", "/health", _HEALTH_SECONDS).status != HTTP_UNAVAILABLE
+        except EngineRequestError:
+            if time.monotonic() - began < _HEALTH_SECONDS:
+                raise
+            return True
+
+    def weight_version(self) -> str:
+        """What its answers carry; `default` before the first update."""
+        answer = self._ask("GET", _MODEL_INFO, _INFO_SECONDS)
+        return str(answer.get("weight_version", "")) if isinstance(answer, dict) else ""
+
+    def info(self) -> ServerInfo:
+        """Raises EngineRequestError where the server does not tell."""
+        answer = self._ask("GET", _SERVER_INFO, _INFO_SECONDS)
+        if not isinstance(answer, dict):
+            raise EngineRequestError(f"{self._where()} told nothing of itself: {answer!r}")
+        return ServerInfo(
+            version=str(answer.get("version", "unknown")),
+            worker_count=int(answer.get("tp_size", 1)) * int(answer.get("pp_size", 1)),
+            replicas=int(answer.get("dp_size", 1)),
+            dummy=answer.get("load_format") == "dummy",
+            waits_for_weights=bool(answer.get("checkpoint_engine_wait_weights_before_ready", False)),
+        )
+
+    def checksums(self, timeout: float = 120.0) -> list[Any]:
+        """Of the weights of each rank, as SGLang computes them: equal for equal weights and layouts.
+
+        Raises:
+            EngineRequestError: also where the server has no route for it.
+        """
+        answer = self._ask("POST", ("/weights_checker",), timeout, {"action": "checksum"})
+        ranks = answer.get("ranks") if isinstance(answer, dict) else None
+        if not isinstance(ranks, list) or not ranks:
+            raise EngineRequestError(f"{self._where()} gave no checksums: {str(answer)[:400]}")
+        return ranks
+
+    # Requests
+
+    def _poll(self, paths: Sequence[str], timeout: float, what: str) -> None:
+        deadline = time.monotonic() + timeout
+        pause, last = 0.05, "it was not asked"
+        while (remaining := deadline - time.monotonic()) > 0:
+            for path in paths:
+                try:
+                    answer = self._send("GET", path, min(remaining, _PROBE_SECONDS))
+                except EngineRequestError as error:
+                    # A look that our own deadline cut short tells less than the answer before it.
+                    if not (remaining < _PROBE_SECONDS and last.startswith("HTTP")):
+                        last = str(error)
+                    break
+                if answer.status == 200:
+                    return
+                if answer.status in (401, 403):
+                    raise EngineRequestError(f"{self._where()} wants an API key: HTTP {answer.status}")
+                last = f"HTTP {answer.status}: {answer.text}"
+                if answer.status != 404:
+                    break
+            time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+            pause = min(1.0, 2 * pause)
+        raise EngineRequestError(f"{self._where()} did not {what} within {timeout:g} s; last answer: {last}")
+
+    def _ask(
+        self, method: str, paths: Sequence[str], timeout: float, body: dict[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - JSON
+        """The first path's answer that is not 404."""
+        for path in paths:
+            answer = self._send(method, path, timeout, body)
+            if answer.status != 404 or path == paths[-1]:
+                break
+        if not 200 <= answer.status < 300:
+            raise EngineRequestError(
+                f"{self._where()} answered {path} with HTTP {answer.status}: {answer.text}"
+            )
+        try:
+            return json.loads(answer.body)
+        except (ValueError, RecursionError):
+            raise EngineRequestError(
+                f"{self._where()} answered {path} with something that is not JSON: {answer.text}"
+            ) from None
+
+    def _send(self, method: str, path: str, timeout: float, body: dict[str, Any] | None = None) -> Answer:
+        url = self.endpoint.rstrip("/") + path
+        return ask_engine(method, url, timeout, self.uds, body=body, api_key=self.api_key)
+
+    def _where(self) -> str:
+        return f"SGLang at {self.endpoint}" + (f" (Unix socket {self.uds})" if self.uds else "")

@@ -1,0 +1,137 @@
+"""What runs in each of SGLang's processes: the entry point `ckpt_engine` of the group `sglang.srt.plugins`.
+
+It replaces SGLang's `update_weights_from_ipc` in the schedulers by ours, by SGLang's own hook registry. No
+file of SGLang is changed. Where it does not know the layout of the installed SGLang, it leaves SGLang's own
+handler in place, and serves it the module that it imports (`stock_worker`): updates work, with less checked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from typing import Any
+
+from ckpt_engine_sglang import guard
+
+logger = logging.getLogger(__name__)
+
+MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+STOCK_PACKAGE = "checkpoint_engine"
+"""What SGLang's own handler imports."""
+ARGUMENTS = "sglang.srt.server_args.prepare_server_args"
+WAIT_FLAG = "--checkpoint-engine-wait-weights-before-ready"
+OTHER_WAIT_FLAG = "--wait-for-initial-weights"
+"""What the reference's documents call it."""
+TOKENIZER = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
+_NEEDED = {
+    MANAGER: (
+        *("_select_runners", "_observe_weight_load", "update_weights_from_ipc"),
+        *("flush_cache_after_weight_update", "record_weight_version_after_update"),
+    ),
+    TOKENIZER: ("init_communicators", "update_weights_from_ipc"),
+    "sglang.srt.runtime_context.get_parallel": (),
+}
+_PARAMETERS = {
+    "update_weights_from_ipc": [["self", "recv_req"]],
+    "flush_cache_after_weight_update": [["self", "recv_req"], ["self", "recv_req", "success", "message"]],
+    "record_weight_version_after_update": [["self", "weight_version"]],
+}
+"""Of the manager's methods, in any of the versions that are known."""
+
+
+def register() -> None:
+    """Registers the hooks. Called by SGLang in its main, scheduler and detokenizer processes."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(ARGUMENTS, accept_other_flag, HookType.BEFORE)
+    problem = unknown_layout()
+    if problem is not None:
+        serve_stock_handler(problem)
+        return
+    HookRegistry.register(f"{MANAGER}.update_weights_from_ipc", update_weights_from_ipc, HookType.REPLACE)
+    HookRegistry.register(f"{TOKENIZER}.update_weights_from_ipc", note_outcome, HookType.AROUND)
+    if guard.wanted():
+        HookRegistry.register(f"{TOKENIZER}.init_communicators", guard.install, HookType.AFTER)
+
+
+def update_weights_from_ipc(manager: Any, request: Any) -> Any:  # noqa: ANN401 - SGLang's
+    """In each scheduler, in place of SGLang's own: receives one update for all of this rank's models."""
+    from sglang.srt.managers.io_struct import UpdateWeightsFromIPCReqOutput
+
+    from ckpt_engine_sglang.worker_update import WorkerUpdate
+
+    with manager._observe_weight_load("ipc"):
+        success, message = WorkerUpdate(manager, request).serve()
+    return UpdateWeightsFromIPCReqOutput(success=success, message=message)
+
+
+async def note_outcome(original: Any, manager: Any, request: Any, *rest: Any) -> tuple[bool, str]:  # noqa: ANN401
+    """In the HTTP server's process: the weight version that answers carry must not be the old one when an
+    update may have left the weights incomplete."""
+    from ckpt_engine_sglang.worker_update import INCOMPLETE, INCOMPLETE_NOTE
+
+    ended = asyncio.Event()
+    setattr(manager, guard.UPDATE, ended)
+    try:
+        success, message = await original(manager, request, *rest)
+        if not success and INCOMPLETE_NOTE in message:
+            manager._update_weight_version_if_provided(INCOMPLETE)
+        return success, message
+    finally:
+        setattr(manager, guard.UPDATE, None)
+        ended.set()
+
+
+def accept_other_flag(argv: list[str]) -> tuple[tuple[list[str]], dict[str, Any]]:
+    """Before SGLang reads its command line."""
+    return ([WAIT_FLAG if argument == OTHER_WAIT_FLAG else argument for argument in argv],), {}
+
+
+def unknown_layout() -> str | None:
+    """Why this plugin does not fit the installed SGLang; None: it does."""
+    found: dict[str, Any] = {}
+    for path, names in _NEEDED.items():
+        module, _, name = path.rpartition(".")
+        try:
+            found[path] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            return f"it has no {path} ({error})"
+        missing = [each for each in names if not hasattr(found[path], each)]
+        if missing:
+            return f"its {name} has no {', '.join(missing)}"
+    for name, known in _PARAMETERS.items():
+        parameters = list(inspect.signature(getattr(found[MANAGER], name)).parameters)
+        if parameters not in known:
+            return f"its {name} takes {parameters}"
+    return None
+
+
+def serve_stock_handler(problem: str) -> None:
+    """SGLang's own handler imports `checkpoint_engine.worker`: gives it ours, where there is no other.
+
+    Args:
+        problem: why this plugin's handler does not serve.
+    """
+    other = importlib.util.find_spec(STOCK_PACKAGE)
+    if other is not None:
+        logger.warning(
+            "ckpt-engine does not take this SGLang's updates: %s. SGLang's own handler does, with the "
+            "package %s at %s. Unless that is ours (`ckpt-engine compat`), updates must come from its own "
+            "parameter servers",
+            *(problem, STOCK_PACKAGE, other.origin),
+        )
+        return
+    logger.warning(
+        "ckpt-engine does not take this SGLang's updates: %s. SGLang's own handler does, with our "
+        "worker: what fails after the last tensor is only logged, and a rank's failure may end the server",
+        problem,
+    )
+    from ckpt_engine.compat import checkpoint_engine
+    from ckpt_engine_sglang import stock_worker
+
+    setattr(checkpoint_engine, "worker", stock_worker)  # noqa: B010 - the module has one of its own
+    sys.modules[STOCK_PACKAGE], sys.modules[f"{STOCK_PACKAGE}.worker"] = checkpoint_engine, stock_worker

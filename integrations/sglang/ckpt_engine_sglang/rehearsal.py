@@ -1,0 +1,292 @@
+"""What a model would do with a set of tensors, found out before any of them is sent.
+
+A model's own `load_weights` decides which parameter a name belongs to, how tensors are fused and which slice
+a rank keeps; SGLang's passes over names that it does not know. So it is asked: for a moment its parameters
+are ones without storage, and it loads tensors without storage, while every write is recorded. That moves no
+byte and changes nothing.
+
+Where parameters are not in the checkpoint's layout (quantised ones, repacked after they were loaded), the
+same record is kept of the real load instead (`Recording`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ckpt_engine.errors import CheckpointError
+from ckpt_engine.ipc.messages import TensorLayout
+
+_COPY = torch.ops.aten.copy_.default
+_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
+_ITEM = torch.ops.aten._local_scalar_dense.default
+Region = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""A view of a storage: offset, shape, strides, in elements."""
+
+
+class WeightsMismatch(CheckpointError):
+    """The tensors of an update are not those of the engine's model; the message has their names."""
+
+
+class NotRehearsable(Exception):
+    """The model's load_weights needs real tensors."""
+
+
+@dataclass
+class Written:
+    """What was written to a parameter: `regions` of it, and the tensors that they came from."""
+
+    numel: int
+    regions: dict[Region, int] = field(default_factory=dict)
+    sources: set[str] = field(default_factory=set)
+
+    @property
+    def written(self) -> int:
+        """Elements; regions that load_weights wrote twice count once."""
+        return min(self.numel, sum(self.regions.values()))
+
+    @property
+    def complete(self) -> bool:
+        return self.written == self.numel
+
+
+class Recording:
+    """A model's dealings with an update, in all threads that it loads with.
+
+    `parameters`: by the parameter's name in the model. `read`: by a tensor's name in the update, how many of
+    its elements were copied somewhere; 0 where the model passed over it. `together`: tensors of which one
+    write was made, so that one call of load_weights must get them all.
+    """
+
+    def __init__(self, parameters: dict[str, torch.Tensor]) -> None:
+        self.parameters = {name: Written(tensor.numel()) for name, tensor in parameters.items()}
+        self.read: dict[str, int] = {}
+        self.together: set[frozenset[str]] = set()
+        self._targets: dict[int, list[str]] = {}
+        self._sources: dict[int, frozenset[str]] = {}
+        # The tensors of the update themselves, by storage: they may all be views of one ring.
+        self._given: dict[int, list[tuple[int, int, str]]] = {}
+        self._kept: list[torch.Tensor] = []  # a storage's address names it only while it lives
+        self._lock = threading.Lock()
+        self.set_targets(parameters)
+
+    def set_targets(self, parameters: dict[str, torch.Tensor]) -> None:
+        """The parameters' tensors as they are now."""
+        self._targets = {}
+        for name, tensor in parameters.items():
+            if tensor.numel():
+                self._targets.setdefault(_storage(tensor), []).append(name)
+        self._kept += parameters.values()
+
+    def add_source(self, name: str, tensor: torch.Tensor) -> None:
+        self.read.setdefault(name, 0)
+        if tensor.numel():
+            start = tensor.data_ptr()
+            self._given.setdefault(_storage(tensor), []).append((start, start + tensor.nbytes, name))
+            self._kept.append(tensor)
+
+    def drop_sources(self) -> None:
+        """Their memory is used for others from now on."""
+        self._sources.clear()
+        self._given.clear()
+        self._kept.clear()
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Records what happens inside, also in threads of executors."""
+        submit = ThreadPoolExecutor.submit
+
+        def recorded_submit(
+            pool: ThreadPoolExecutor,
+            function: Callable[..., Any],
+            /,
+            *args: Any,  # noqa: ANN401
+            **kwargs: Any,  # noqa: ANN401
+        ) -> Future[Any]:
+            def run() -> Any:  # noqa: ANN401
+                with _Mode(self), torch.no_grad():
+                    return function(*args, **kwargs)
+
+            return submit(pool, run)
+
+        with mock.patch.object(ThreadPoolExecutor, "submit", recorded_submit), _Mode(self):
+            yield
+
+    # What the modes call
+
+    def note_write(self, target: torch.Tensor, source: torch.Tensor | None) -> None:
+        with self._lock:
+            names = frozenset[str]() if source is None else self._names_of(source)
+            parameters = [self.parameters[name] for name in self._targets.get(_storage(target), ())]
+            if not parameters:
+                # Into a tensor on the way to a parameter.
+                if names:
+                    self._follow_locked(names, [target])
+                return
+            region = (int(target.storage_offset()), tuple(target.shape), tuple(target.stride()))
+            for written in parameters:  # several where they are tied
+                written.regions[region] = target.numel()
+                written.sources |= names
+            for each in names:
+                self.read[each] += 0 if source is None else source.numel()
+            if len(names) > 1:
+                self.together.add(names)
+
+    def note_item(self, source: torch.Tensor) -> bool:
+        """One element was read as a number. False: not of a tensor of the update, but perhaps of something
+        computed from one, on which a decision may hang."""
+        with self._lock:
+            for each in self._names_of(source):
+                self.read[each] += 1
+            return _storage(source) in self._given
+
+    def follow(self, arguments: Sequence[Any], results: Sequence[Any]) -> None:
+        """What an operator makes of a source is still that source's."""
+        with self._lock:
+            tensors = [item for item in arguments if isinstance(item, torch.Tensor)]
+            names = frozenset[str]().union(*(self._names_of(tensor) for tensor in tensors))
+            if names:
+                self._follow_locked(names, [item for item in results if isinstance(item, torch.Tensor)])
+
+    def _names_of(self, tensor: torch.Tensor) -> frozenset[str]:
+        """The tensors of the update that `tensor` is a view of, or was made of."""
+        given = self._given.get(_storage(tensor))
+        if given is None:
+            return self._sources.get(_storage(tensor), frozenset())
+        at = tensor.data_ptr()
+        # Without storage all addresses are 0, but each has a storage of its own.
+        return frozenset(name for start, end, name in given if start <= at < end or len(given) == 1)
+
+    def _follow_locked(self, names: frozenset[str], tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            storage = _storage(tensor)
+            if storage not in self._targets and storage not in self._given:
+                self._sources[storage] = self._sources.get(storage, frozenset()) | names
+                self._kept.append(tensor)
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recording = recording
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401 - an operator
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if func is _ITEM:
+            ours = self._recording.note_item(args[0])
+            # A tensor without storage has no number: any will do, since nothing is kept of it.
+            if ours and args[0].is_meta:
+                return 1 if not args[0].is_floating_point() else 1.0
+        result = func(*args, **(kwargs or {}))
+        if func is _COPY:
+            self._recording.note_write(args[0], args[1])
+        elif func in _FILLS:
+            self._recording.note_write(args[0], None)
+        else:
+            self._recording.follow(_flat(args), _flat((result,)))
+        return result
+
+
+def rehearse(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> Recording:
+    """Has `model` load tensors without storage; the model is as before when it returns or raises.
+
+    Raises:
+        WeightsMismatch: load_weights refused a tensor: a name that it does not know, or a shape that does
+            not fit.
+        NotRehearsable: load_weights needs real tensors.
+    """
+    with _without_storage(model) as parameters, torch.no_grad():
+        recording = Recording(parameters)
+        current: list[TensorLayout] = []
+
+        def bare_tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            for tensor in tensors:
+                current[:] = [tensor]
+                bare = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+                recording.add_source(tensor.name, bare)
+                yield tensor.name, bare
+
+        try:
+            with recording.at_work():
+                model.load_weights(bare_tensors())  # type: ignore[operator]
+        except Exception as error:
+            if isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower():
+                raise NotRehearsable(f"{type(error).__name__}: {error}") from error
+            at = (
+                f"{current[0].name!r} ({current[0].dtype}, {list(current[0].shape)})"
+                if current
+                else "nothing"
+            )
+            raise WeightsMismatch(
+                f"{type(model).__name__} cannot load tensor {at}: {type(error).__name__}: {error}"
+            ) from error
+    return recording
+
+
+def named_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Tied ones under each of their names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
+@contextmanager
+def _without_storage(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+    """Puts tensors without storage in the place of all of the model's.
+
+    Yields:
+        The parameters by name.
+    """
+    saved: list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]] = []
+    bare: dict[int, torch.Tensor] = {}
+    try:
+        for module in model.modules():
+            # Registries are part of a module's dict, and changed in place.
+            registries = {key: value.copy() for key, value in vars(module).items() if key in _REGISTRIES}
+            saved.append((module, dict(vars(module)), registries))
+        for module, _, _ in saved:
+            for registry in (module._parameters, module._buffers):
+                for name, tensor in registry.items():
+                    if tensor is not None:
+                        if id(tensor) not in bare:
+                            bare[id(tensor)] = _bare(tensor)
+                        registry[name] = bare[id(tensor)]  # type: ignore[assignment]
+        yield named_parameters(model)
+    finally:
+        for module, attributes, registries in reversed(saved):
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, value in registries.items():
+                registry = vars(module)[key]
+                registry.clear()
+                registry.update(value)
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+
+
+def _bare(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without its storage: of the same class, with its weight loader and other attributes."""
+    meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
+    made: torch.Tensor = torch.Tensor._make_subclass(type(tensor), meta, tensor.requires_grad)
+    vars(made).update(vars(tensor))
+    return made
+
+
+def _flat(values: Sequence[Any]) -> list[Any]:
+    return [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)

@@ -1,0 +1,78 @@
+"""`--verify`: the checksums that SGLang computes of its weights, compared with others that should be equal.
+
+Of a checkpoint's own tensors there is nothing to compare them with: SGLang fuses and cuts them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt_engine.errors import ConfigError, EngineRequestError
+from ckpt_engine_sglang.client import SglangServer
+
+_SHOWN = 3
+
+
+def compare(servers: Sequence[SglangServer], file: Path | None) -> str:
+    """What was compared, in words.
+
+    Args:
+        servers: the first one's checksums must be those of all others.
+        file: holds checksums that must be the same; written where there is none.
+
+    Raises:
+        EngineRequestError: they differ, with the names of the parameters; or a server cannot tell them.
+        ConfigError: the file cannot be read or written.
+    """
+    first = servers[0]
+    expected = _sorted(first.checksums())
+    for other in servers[1:]:
+        _refuse_difference(_sorted(other.checksums()), expected, other.endpoint, first.endpoint)
+    if file is not None and file.exists():
+        _refuse_difference(expected, _read(file), first.endpoint, str(file))
+        return f"checksums of {len(expected)} ranks of {len(servers)} servers compared, and with {file}"
+    if file is not None:
+        try:
+            file.write_text(json.dumps(expected, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--checksums-file {file}: {error.strerror or error}") from None
+        return f"checksums of {len(expected)} ranks of {len(servers)} servers compared, and written to {file}"
+    if len(servers) == 1:
+        return "nothing to verify: there is one server, and no --checksums-file to compare it with"
+    return f"checksums of {len(expected)} ranks of {len(servers)} servers compared"
+
+
+def _sorted(ranks: Sequence[Any]) -> list[Any]:
+    """In the order of the ranks, which SGLang does not promise."""
+    return sorted(ranks, key=lambda rank: json.dumps(rank["parallelism_info"], sort_keys=True))
+
+
+def _read(file: Path) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--checksums-file {file}: {error}") from None
+
+
+def _refuse_difference(found: Any, expected: Any, where: str, other: str) -> None:  # noqa: ANN401 - JSON
+    if found != expected:
+        raise EngineRequestError(
+            f"the weights of {where} are not those of {other}: {_difference(found, expected)}"
+        )
+
+
+def _difference(found: Any, expected: Any) -> str:  # noqa: ANN401 - JSON
+    if not (isinstance(expected, list) and len(expected) == len(found)):
+        return "not as many ranks"
+    for rank, (one, other) in enumerate(zip(found, expected, strict=True)):
+        if not (isinstance(other, dict) and isinstance(other.get("checksums"), dict)):
+            return "no checksums there"
+        a, b = one["checksums"], other["checksums"]
+        names = [name for name in sorted({*a, *b}) if a.get(name) != b.get(name)]
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            return f"on rank {rank} {', '.join(names[:_SHOWN])}{more}"
+    return "their ranks are laid out differently"

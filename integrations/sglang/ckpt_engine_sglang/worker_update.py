@@ -1,0 +1,215 @@
+"""One update in one of SGLang's schedulers: what is asked before it, done in it, remembered after it.
+
+Each tensor parallel rank has its scheduler process, and all of them get the request. They agree through the
+parameter servers' verdict alone: a collective of the engine would wait for ever for a rank that is gone.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import zmq
+
+from ckpt_engine.errors import ConfigError
+from ckpt_engine.ipc.messages import TensorLayout
+from ckpt_engine.ipc.receiver import refuse_update, serve_update
+from ckpt_engine_sglang.completeness import Rules, check_names, check_shapes
+from ckpt_engine_sglang.device_identity import device_of
+from ckpt_engine_sglang.models import Model, NamedTensors
+
+logger = logging.getLogger(__name__)
+
+OPTIONS_KEY = "ckpt_engine_options"
+"""Beside the handles, since SGLang drops fields of the request that it does not know: JSON with `partial`
+(bool) and `ignored` (patterns)."""
+INCOMPLETE = "incomplete"
+"""The weight version while an update that failed may have left some new weights among the old ones."""
+INCOMPLETE_NOTE = f"The weights may be {INCOMPLETE}: neither the old nor the new, until an update succeeds."
+
+
+class WorkerUpdate:
+    """Args: `manager`: SGLang's SchedulerWeightUpdaterManager."""
+
+    def __init__(self, manager: Any, request: Any) -> None:  # noqa: ANN401 - UpdateWeightsFromIPCReqInput
+        self._manager = manager
+        self._request = request
+        self._handles = dict(request.zmq_handles)
+        self._options = self._handles.pop(OPTIONS_KEY, "{}")
+        self._rules = Rules()
+        self._models: list[Model] = []
+        self._company: dict[str, frozenset[str]] = {}
+        self._held: dict[str, torch.Tensor] = {}
+        self._refused = False
+
+    def serve(self) -> tuple[bool, str]:
+        """Receives the update; SGLang's `(success, message)`. Never raises."""
+        with zmq.Context() as context:
+            status = self._receive(context)
+        committed = status["outcome"] == "committed"
+        message = (
+            f"{status['tensors']} tensors ({status['bytes']} bytes) are in place on all ranks, as version "
+            f"{status['version']} of the parameter servers."
+            if committed
+            else f"{status['error']}"
+        )
+        if not committed:
+            for model in self._models:
+                _log_failure(f"after the failed update, {model.role} model", model.give_up)
+            if self._may_be_incomplete(status):
+                message = f"{message} {INCOMPLETE_NOTE}"
+            logger.error("update failed: %s\n%s", message, status["traceback"] or "")
+        return committed, self._settle(committed, message)
+
+    def _receive(self, context: zmq.Context[Any]) -> Mapping[str, Any]:
+        try:
+            runners = list(self._manager._select_runners())
+            device_uuid, device_id = device_of(runners[0][1])
+            target = Model(*runners[0])
+            drafts = [Model(role, runner) for role, runner in runners[1:]]
+            self._models = [target, *(draft for draft in drafts if draft.path == target.path)]
+            for draft in drafts:
+                if draft.path != target.path:
+                    logger.info(
+                        "the %s model has a checkpoint of its own, %s: left as it is", draft.role, draft.path
+                    )
+        except Exception as error:  # noqa: BLE001 - the parameter servers must hear of it
+            self._refused = True
+            return refuse_update(context, self._handles, error)
+        return serve_update(
+            context,
+            self._handles,
+            device_uuid,
+            device_id,
+            prepare=self._prepare,
+            run=self._run,
+            post_hook=self._finish,
+        )
+
+    # The receiver's calls
+
+    def _prepare(self, tensors: Sequence[TensorLayout]) -> None:
+        """Everything that can be known to fail, while nothing is touched."""
+        self._refused = True
+        self._rules = self._make_rules()
+        self._refuse_busy()
+        for model in self._models:
+            model.refuse_unsupported()
+            model.rehearse(tensors)
+        known = [model.recording for model in self._models if model.recording is not None]
+        if len(known) == len(self._models):
+            check_names(tensors, known, self._rules)
+        for model in self._models:
+            if model.recording is not None:
+                check_shapes(tensors, model.recording, model.padded_parameters(), self._rules)
+                model.check_complete(self._rules)
+                for names in model.recording.together:
+                    self._keep_together(names)
+        self._layouts = tensors
+        self._refused = False
+
+    def _run(self, tensors: NamedTensors) -> None:
+        loadable: NamedTensors = []
+        for name, tensor in tensors:
+            company = self._company.get(name)
+            if company is None:
+                loadable.append((name, tensor))
+                continue
+            self._held[name] = tensor
+            if company <= self._held.keys():
+                loadable += [(each, self._held.pop(each)) for each in sorted(company)]
+        for model in self._models:
+            model.load(loadable)
+        # The ring's bytes are this bucket's only until it is given back.
+        arrived = {name for name, _ in tensors}
+        self._held = {name: t.clone() if name in arrived else t for name, t in self._held.items()}
+
+    def _finish(self) -> None:
+        for model in self._models:
+            model.finish(self._rules)
+        check_names(
+            self._layouts, [model.recording for model in self._models if model.recording], self._rules
+        )
+
+    # Before
+
+    def _make_rules(self) -> Rules:
+        from sglang.srt.runtime_context import get_parallel
+
+        try:
+            options = json.loads(self._options)
+            partial, ignored = (
+                bool(options.get("partial", False)),
+                tuple(map(str, options.get("ignored", ()))),
+            )
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{OPTIONS_KEY}={self._options!r}: {error}") from None
+        parallel = get_parallel()
+        config = self._manager.tp_worker.model_runner.model_config
+        text = getattr(config, "hf_text_config", config.hf_config)
+        layers = getattr(text, "num_hidden_layers", 0)
+        return Rules(
+            partial=partial,
+            ignored=ignored,
+            parallel_size=parallel.tp_size,
+            shares=parallel.pp_size > 1 or getattr(parallel, "ep_size", 1) > 1,
+            drafter_layers=range(layers, layers + (getattr(text, "num_nextn_predict_layers", 0) or 0)),
+            tied=bool(getattr(text, "tie_word_embeddings", False)),
+        )
+
+    def _refuse_busy(self) -> None:
+        """The caches cannot be flushed under a request: SGLang would say so only when the weights are new."""
+        scheduler = self._manager.scheduler
+        if self._request.flush_cache and not scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused):
+            raise ConfigError(
+                "requests are running or queued, so that SGLang cannot flush its caches: finish or retract "
+                "them (pause_generation with mode abort or retract), or update with flush_cache false"
+            )
+
+    def _keep_together(self, names: frozenset[str]) -> None:
+        for other in [self._company[name] for name in names if name in self._company]:
+            names |= other
+        for name in names:
+            self._company[name] = names
+
+    # After
+
+    def _may_be_incomplete(self, status: Mapping[str, Any]) -> bool:
+        """Another rank may have begun when this one had not; but what this one refuses, all of them do."""
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel = get_parallel()
+        return bool(status["touched"]) or (parallel.tp_size * parallel.pp_size > 1 and not self._refused)
+
+    def _settle(self, committed: bool, message: str) -> str:
+        """The weight version, and the caches: flushed after any outcome. All ranks must have the same ones,
+        and a rank that could not learn the verdict cannot do what depends on it."""
+        version = self._request.weight_version if committed else None
+        if INCOMPLETE_NOTE in message:
+            version = INCOMPLETE
+        _log_failure("the weight version", lambda: self._manager.record_weight_version_after_update(version))
+        return self._flush(committed, message)
+
+    def _flush(self, committed: bool, message: str) -> str:
+        flush = self._manager.flush_cache_after_weight_update
+        if takes_outcome(flush):
+            _, message = flush(self._request, committed, message)
+        else:  # SGLang 0.5.21: asserts that no request is in the way, which `_refuse_busy` has seen to
+            _log_failure("the caches", lambda: flush(self._request))
+        return str(message)
+
+
+def takes_outcome(flush: Callable[..., Any]) -> bool:
+    """Whether SGLang's flush_cache_after_weight_update, bound, takes the outcome, and returns one."""
+    return len(inspect.signature(flush).parameters) > 1
+
+
+def _log_failure(what: str, work: Any) -> None:  # noqa: ANN401 - a function without arguments
+    try:
+        work()
+    except Exception:
+        logger.exception("%s: failed", what)

@@ -1,0 +1,75 @@
+"""The models of an engine that an update may have tensors for: the main one, and the one that speculates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import torch
+
+from ckpt_engine.ipc.messages import TensorLayout
+
+DRAFTER_PREFIX = "drafter."
+"""Of tensors for a drafter with a checkpoint of its own, which has the names of the main model's too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One model. `prefix`: of its tensors' names in an update; `foreign`: of names that are others'."""
+
+    name: str
+    model: torch.nn.Module
+    config: Any
+    prefix: str = ""
+    foreign: str | None = None
+
+    def own_name(self, name: str) -> str | None:
+        """What the model calls the tensor `name` of an update; None where it is not for this model."""
+        if self.foreign is not None and name.startswith(self.foreign):
+            return None
+        return name.removeprefix(self.prefix) if name.startswith(self.prefix) else None
+
+    def layouts(self, tensors: Sequence[TensorLayout]) -> list[TensorLayout]:
+        """This model's, under its own names."""
+        named = ((self.own_name(tensor.name), tensor) for tensor in tensors)
+        return [msgspec.structs.replace(tensor, name=name) for name, tensor in named if name is not None]
+
+    def tensors(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+        """This model's, under its own names."""
+        named = ((self.own_name(name), tensor) for name, tensor in tensors)
+        return [(name, tensor) for name, tensor in named if name is not None]
+
+
+def parts_of(worker: Any) -> list[Part]:  # noqa: ANN401 - vLLM's Worker
+    """The models of a worker, the main one first.
+
+    An MTP drafter's layers are a part of the main model's checkpoint, and it takes them from there. Any other
+    drafter has a checkpoint of its own, whose tensors are sent as `drafter.NAME`; without them it keeps its
+    weights.
+    """
+    config = worker.vllm_config
+    main = worker.get_model()
+    drafter = _drafter_of(worker)
+    if drafter is None:
+        return [Part(name="model", model=main, config=config.model_config)]
+    speculative = config.speculative_config
+    apart = speculative.method != "mtp"
+    prefix = DRAFTER_PREFIX if apart else ""
+    return [
+        Part(name="model", model=main, config=config.model_config, foreign=prefix or None),
+        Part(name="drafter", model=drafter, config=speculative.draft_model_config, prefix=prefix),
+    ]
+
+
+def _drafter_of(worker: Any) -> torch.nn.Module | None:  # noqa: ANN401
+    """The model that speculates, if there is one with weights of its own."""
+    runner = worker.model_runner
+    get_draft_model = getattr(runner, "get_draft_model", None)
+    if get_draft_model is not None:
+        found = get_draft_model()
+    else:
+        speculator = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
+        found = getattr(speculator, "model", None)
+    return found if isinstance(found, torch.nn.Module) else None

@@ -1,0 +1,54 @@
+"""What vLLM's workers gain by `--worker-extension-cls ckpt_engine_vllm.VllmColocateWorkerExtension`.
+
+No exception leaves these methods. With several workers, vLLM's executor would raise the first worker's and
+leave the other replies queued: every later call would get the answers of the call before, for good, while
+/health stays 200.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ckpt_engine.errors import ConfigError, ErrorRecord
+from ckpt_engine_vllm.worker_update import WorkerUpdate, refused
+
+
+class VllmColocateWorkerExtension:
+    """Mixed into vLLM's worker class. Its names must not be those of any worker's."""
+
+    def update_weights_from_ipc(
+        self,
+        zmq_handles: Mapping[str, str] | Sequence[Sequence[str]] = (),
+        partial: bool = False,
+        ignored: Sequence[str] = (),
+        *unexpected: object,
+        **unknown: object,
+    ) -> dict[str, Any]:
+        """Receives one update.
+
+        Args:
+            zmq_handles: `{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks.
+            partial: modules that no tensor is sent for keep their weights; else a parameter that would not
+                be filled fails the update.
+            ignored: patterns (fnmatch) of tensors that are not for the engine's models.
+            unexpected, unknown: refused. (Python itself would raise.)
+
+        Returns:
+            This worker's status (`ipc.receiver.serve_update`), with its `rank`, and with `kept_bytes`: what
+            it had to copy because a layer was not complete with its bucket.
+        """
+        try:
+            if unexpected or unknown:
+                raise ConfigError(f"update_weights_from_ipc takes no arguments {[*unexpected, *unknown]}")
+            return WorkerUpdate(self, partial=partial, ignored=tuple(ignored)).serve(zmq_handles)
+        except Exception as error:  # noqa: BLE001 - see the module's docstring
+            return refused(zmq_handles, error) | {"rank": getattr(self, "rank", None)}
+
+    def ckpt_engine_status(self, *_: object, **__: object) -> dict[str, Any]:
+        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, and
+        `last`: the status of the last update."""
+        try:
+            return WorkerUpdate.status_of(self)
+        except Exception as error:  # noqa: BLE001 - see the module's docstring
+            return {"weights": "unknown", "error": ErrorRecord.from_exception(error).describe()}

@@ -1,0 +1,205 @@
+"""One update in one of vLLM's workers: what is asked before it, done in it, and remembered after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import zmq
+
+from ckpt_engine.errors import ConfigError, ErrorRecord
+from ckpt_engine.ipc.messages import TensorLayout
+from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
+from ckpt_engine_vllm import moe
+from ckpt_engine_vllm.completeness import Rules, check_complete, check_names, check_shapes
+from ckpt_engine_vllm.device_identity import device_of
+from ckpt_engine_vllm.parts import Part, parts_of
+from ckpt_engine_vllm.refusals import refuse_old_vllm, refuse_unsupported
+from ckpt_engine_vllm.rehearsal import Rehearsal, rehearse
+from ckpt_engine_vllm.reload import Reload
+
+
+class WorkerState:
+    """What is known of a model between updates, whichever way they come."""
+
+    def __init__(self) -> None:
+        self.weights = "initial"
+        self.version: str | None = None
+        self.rehearsed: tuple[object, dict[str, Rehearsal]] | None = None
+        """The last update's tensors and rules, and what came of them: the next one's are mostly the same."""
+        self.last: dict[str, Any] | None = None
+        """The last update's status."""
+
+
+_STATES: WeakKeyDictionary[torch.nn.Module, WorkerState] = WeakKeyDictionary()
+
+
+def refused(zmq_handles: Mapping[str, str] | Sequence[Sequence[str]], error: Exception) -> dict[str, Any]:
+    """The status of a worker that cannot even begin; the parameter servers hear of it. Never raises."""
+    with zmq.Context() as context:
+        return refuse_update(context, zmq_handles, error)
+
+
+def remember(model: torch.nn.Module, status: dict[str, Any]) -> dict[str, Any]:
+    """Keeps the status of an update that did not begin as the model's last one, and returns it."""
+    _STATES.setdefault(model, WorkerState()).last = status
+    return status
+
+
+class WorkerUpdate:
+    """Args: `worker`: vLLM's worker, of any executor."""
+
+    def __init__(self, worker: Any, *, partial: bool, ignored: tuple[str, ...]) -> None:  # noqa: ANN401
+        self._worker = worker
+        self._partial = partial
+        self._ignored = ignored
+        self._state = _state_of(worker)
+        self._parts: list[tuple[Part, Reload]] = []
+        self._begun = False
+
+    @staticmethod
+    def status_of(worker: Any) -> dict[str, Any]:  # noqa: ANN401
+        state = _state_of(worker)
+        return {
+            "rank": worker.rank,
+            "weights": state.weights,
+            "version": state.version,
+            "last": state.last,
+        }
+
+    def serve(self, zmq_handles: Mapping[str, str] | Sequence[Sequence[str]]) -> dict[str, Any]:
+        """Receives the update; never raises."""
+        try:
+            with zmq.Context() as context:
+                status = self._serve(context, zmq_handles)
+        except Exception as error:  # noqa: BLE001 - see the docstring
+            status = failed_status(error, "", None)
+        status["rank"] = getattr(self._worker, "rank", None)
+        self._state.last = status
+        return status
+
+    def _serve(
+        self, context: zmq.Context[Any], zmq_handles: Mapping[str, str] | Sequence[Sequence[str]]
+    ) -> dict[str, Any]:
+        try:
+            from vllm.config import set_current_vllm_config
+
+            device_uuid, device_id = device_of(self._worker)
+        except Exception as error:  # noqa: BLE001 - the parameter servers must hear of it
+            return refuse_update(context, zmq_handles, error)
+        with ExitStack() as stack:
+            stack.enter_context(set_current_vllm_config(self._worker.vllm_config))
+            if device_id is not None:
+                # An executor in the engine's own process may call us in another thread than its own.
+                stack.enter_context(torch.cuda.device(device_id))
+            status = serve_update(
+                context,
+                zmq_handles,
+                device_uuid,
+                device_id,
+                prepare=self._prepare,
+                run=self._run,
+                post_hook=self._finish,
+            )
+            self._remember(status)
+        return status
+
+    def _prepare(self, tensors: Sequence[TensorLayout]) -> None:
+        """Everything that can be known to fail, while nothing is touched."""
+        config = self._worker.vllm_config
+        refuse_old_vllm()
+        refuse_unsupported(config)
+        if self._partial and self._state.weights == "incomplete":
+            raise ConfigError("the weights are incomplete since an update failed: send a full update first")
+        rules = Rules(
+            partial=self._partial,
+            ignored=self._ignored,
+            parallel_size=config.parallel_config.tensor_parallel_size,
+            shares=config.parallel_config.pipeline_parallel_size > 1
+            or config.parallel_config.enable_expert_parallel,
+            layer_count=getattr(config.model_config.hf_text_config, "num_hidden_layers", None),
+        )
+        tensors = rules.wanted(tensors)
+        parts = parts_of(self._worker)
+        for part in parts:
+            moe.refuse_unknown_packing(part.model)
+        key = (rules, tuple(tensors))
+        if self._state.rehearsed is None or self._state.rehearsed[0] != key:
+            self._state.rehearsed = (key, _rehearse_all(parts, tensors, rules))
+        self._parts = [
+            (part, Reload(part.model, part.config, self._state.rehearsed[1][part.name])) for part in parts
+        ]
+
+    def _run(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        if not self._begun:
+            # From here to the commit the weights are neither the old ones nor the new ones.
+            self._state.weights = "incomplete"
+            self._begun = True
+            for _, reload in self._parts:
+                reload.begin()
+        for part, reload in self._parts:
+            reload.load(part.tensors(tensors))
+
+    def _finish(self) -> None:
+        for _, reload in self._parts:
+            reload.finish()
+
+    def _remember(self, status: dict[str, Any]) -> None:
+        """Ends the reload, and keeps how it ended. Adds to the status what is this engine's."""
+        status["kept_bytes"] = sum(reload.kept_nbytes for _, reload in self._parts)
+        status["models"] = {part.name: reload.tensor_count for part, reload in self._parts}
+        if status["outcome"] == "committed":
+            self._state.weights, self._state.version = "committed", status["version"]
+            return
+        if status["touched"]:
+            self._state.weights = "incomplete"
+        try:
+            for _, reload in self._parts:
+                reload.abandon()
+        except Exception as error:  # noqa: BLE001 - the update's own error must not be lost
+            status["error"] += (
+                "; and then the model could not be put back together, restart the engine: "
+                + ErrorRecord.from_exception(error).message
+            )
+
+
+def _rehearse_all(
+    parts: Sequence[Part], tensors: Sequence[TensorLayout], rules: Rules
+) -> dict[str, Rehearsal]:
+    """What each model would do. Raises WeightsMismatch unless together they take all, and get all."""
+    rehearsals = {part.name: rehearse(part.model, part.layouts(tensors)) for part in parts}
+    read = {
+        tensor.name
+        for part in parts
+        for tensor in tensors
+        if rehearsals[part.name].read.get(part.own_name(tensor.name) or "", 0)
+    }
+    check_names(tensors, read, rules)
+    filled: set[int] = set()
+    for part in parts:
+        rehearsal = rehearsals[part.name]
+        layouts = part.layouts(tensors)
+        check_shapes(layouts, rehearsal, _padded_parameters(part.model), rules)
+        if part.name == "model" or any(rehearsal.read.values()):
+            check_complete(part.model, layouts, rehearsal, rules, filled)
+        parameters = part.model.named_parameters(remove_duplicate=False)
+        filled |= {id(parameter) for name, parameter in parameters if name in rehearsal.parameters}
+    return rehearsals
+
+
+def _padded_parameters(model: torch.nn.Module) -> list[str]:
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return [
+        f"{name}.{parameter}" if name else parameter
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+        for parameter in module._parameters
+    ]
+
+
+def _state_of(worker: Any) -> WorkerState:  # noqa: ANN401
+    return _STATES.setdefault(worker.get_model(), WorkerState())

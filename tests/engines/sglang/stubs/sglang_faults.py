@@ -1,0 +1,40 @@
+"""A plugin of SGLang's that makes it fail where a test says so.
+
+The file that SGLANG_FAULTS names holds JSON: {"at": "load" | "post_process", "rank": TP rank,
+"action": "raise" | "exit"}. It is read at each call, so that one server serves all tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
+
+
+def register() -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def before(where: str) -> Any:  # noqa: ANN401
+        def fail(*_: object, **__: object) -> None:
+            from sglang.srt.runtime_context import get_parallel
+
+            file = Path(os.environ["SGLANG_FAULTS"])
+            fault = json.loads(file.read_text()) if file.exists() else {}
+            if fault.get("at") == where and fault["rank"] == get_parallel().tp_rank:
+                if fault["action"] == "exit":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError(f"injected before {where}")
+
+        return fail
+
+    if not torch.cuda.is_available():
+        # SGLang before 0.5.23 waits for CUDA before it computes checksums, also on CPU.
+        torch.cuda.synchronize = lambda *_: None
+    HookRegistry.register(f"{LOADER}.load_weights_only", before("load"), HookType.BEFORE)
+    HookRegistry.register(f"{LOADER}.postprocess_weights", before("post_process"), HookType.BEFORE)

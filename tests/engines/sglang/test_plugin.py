@@ -1,0 +1,150 @@
+"""What the plugin does with a version of SGLang that it does not know: SGLang's own handler, our worker."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ckpt_engine_sglang import plugin
+from ckpt_engine_sglang.worker_update import takes_outcome
+
+from ckpt_engine import ParameterServer
+from ckpt_engine.errors import UpdateError
+
+pytestmark = pytest.mark.timeout(120)
+HERE = Path(__file__).parent
+STOCK_UUID = "GPU-stock"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sglang() -> Iterator[None]:
+    """SGLang in this process, on CPU."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+        patch.syspath_prepend(HERE / "stubs")
+        importlib.import_module("sglang.srt.managers.scheduler_components.weight_updater")
+        yield
+
+
+def test_the_installed_version_is_known() -> None:
+    assert plugin.unknown_layout() is None
+
+
+@pytest.mark.parametrize("name", ["_select_runners", "record_weight_version_after_update"])
+def test_a_version_that_lacks_something(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    monkeypatch.delattr(weight_updater.SchedulerWeightUpdaterManager, name)
+    assert str(plugin.unknown_layout()).endswith(f"has no {name}")
+
+
+def test_a_version_whose_methods_are_other_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.managers.scheduler_components import weight_updater
+
+    def flush(self: object, everything: bool) -> None: ...
+
+    manager = weight_updater.SchedulerWeightUpdaterManager
+    monkeypatch.setattr(manager, "flush_cache_after_weight_update", flush)
+    assert "flush_cache_after_weight_update takes ['self', 'everything']" in str(plugin.unknown_layout())
+    monkeypatch.undo()
+    monkeypatch.setattr(manager, "update_weights_from_ipc", lambda self, request, more: None)
+    assert "update_weights_from_ipc takes ['self', 'request', 'more']" in str(plugin.unknown_layout())
+
+
+def test_both_forms_of_the_flush() -> None:
+    def old(recv_req: object) -> None: ...
+
+    def new(recv_req: object, success: bool, message: str) -> None: ...
+
+    assert (takes_outcome(old), takes_outcome(new)) == (False, True)
+
+
+class Model(torch.nn.Module):
+    """Passes over names that it does not know, as SGLang's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.Parameter(torch.zeros(8), requires_grad=False)
+        self.head = torch.nn.Parameter(torch.zeros(4, 8), requires_grad=False)
+
+    def load_weights(self, tensors: Any) -> None:  # noqa: ANN401
+        mine = dict(self.named_parameters())
+        for name, tensor in tensors:
+            if name in mine:
+                mine[name].copy_(tensor)
+
+
+@pytest.fixture
+def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Model, Any]]:
+    """A model, and SGLang's own handler for it, which has imported what the plugin gave it."""
+    module = "sglang.srt.checkpoint_engine.checkpoint_engine_worker"
+    for name in (plugin.STOCK_PACKAGE, f"{plugin.STOCK_PACKAGE}.worker", module):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    plugin.serve_stock_handler("it is too new")
+    handler = importlib.import_module(module).SGLangCheckpointEngineWorkerExtensionImpl
+    monkeypatch.setattr(handler, "get_device_uuid", lambda _: STOCK_UUID)
+    model = Model()
+    made = handler(SimpleNamespace(model=model))
+    yield model, made
+    made._zmq_ctx.term()
+    for name in (plugin.STOCK_PACKAGE, f"{plugin.STOCK_PACKAGE}.worker", module):
+        sys.modules.pop(name, None)
+
+
+def update(handler: Any, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", STOCK_UUID)
+    with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
+        ps.register_checkpoint("new", named_tensors=tensors)
+        ps.gather_metas("new")
+        ps.update("new", lambda paths: handler.update_weights_from_ipc(dict(paths)), timeout=60)
+
+
+def test_sglang_s_own_handler_updates(stock: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handler = stock
+    tensors = {"norm": torch.arange(8.0), "head": torch.ones(4, 8)}
+    update(handler, tensors, monkeypatch)
+    assert torch.equal(model.norm, tensors["norm"])
+    assert torch.equal(model.head, tensors["head"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"norm": (8,), "head": (4, 8), "heads": (1,)}, "the model has no place for heads"),
+        ({"norm": (8,)}, "does not fill head"),
+    ],
+)
+def test_it_refuses_before_a_byte_moves(
+    stock: tuple[Model, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tensors: dict[str, tuple[int, ...]],
+    told: str,
+) -> None:
+    model, handler = stock
+    with pytest.raises(UpdateError, match=told):
+        update(handler, {name: torch.ones(shape) for name, shape in tensors.items()}, monkeypatch)
+    assert not model.norm.any()
+    assert not model.head.any()
+
+
+def test_another_package_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / plugin.STOCK_PACKAGE).mkdir()
+    (tmp_path / plugin.STOCK_PACKAGE / "__init__.py").write_text("")
+    monkeypatch.delitem(sys.modules, plugin.STOCK_PACKAGE, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with caplog.at_level(logging.WARNING, logger=plugin.__name__):
+        plugin.serve_stock_handler("it is too new")
+    assert plugin.STOCK_PACKAGE not in sys.modules
+    assert str(tmp_path) in caplog.text
+    assert "it is too new" in caplog.text

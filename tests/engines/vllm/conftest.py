@@ -1,0 +1,45 @@
+"""Real vLLM on CPU. Run by `make test-vllm`, in its own environment; elsewhere nothing here is collected."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
+
+if importlib.util.find_spec("vllm"):
+    from tests.engines.vllm.engines import Checkpoints, OfflineEngine
+
+    def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        for item in items:
+            if item.path.is_relative_to(HERE):
+                item.add_marker("vllm")
+
+    @pytest.fixture(scope="session")
+    def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+        return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+    @pytest.fixture(scope="session")
+    def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OfflineEngine]:
+        """vLLM in one process, for one model after the other."""
+        engine = OfflineEngine(tmp_path_factory.mktemp("offline") / "log.txt")
+        yield engine
+        engine.close()
+
+    def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+        """A row for the README's table of versions."""
+        import torch
+        import vllm
+
+        count = {kind: len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error")}
+        result = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
+        terminalreporter.section("vLLM versions")
+        terminalreporter.line("| vLLM | PyTorch | Python | result |")
+        terminalreporter.line("|---|---|---|---|")
+        version = ".".join(map(str, sys.version_info[:3]))
+        terminalreporter.line(f"| {vllm.__version__} | {torch.__version__} | {version} | {result} |")

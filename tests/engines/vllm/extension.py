@@ -1,0 +1,153 @@
+"""Our worker extension with what tests need to see and to break. Names as in the product do not clash."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from ckpt_engine_vllm import VllmColocateWorkerExtension, worker_update
+from ckpt_engine_vllm.rehearsal import rehearse
+from ckpt_engine_vllm.reload import Reload
+from safetensors.torch import load_file
+
+from ckpt_engine.ipc.messages import TensorLayout
+
+
+class Extension(VllmColocateWorkerExtension):
+    """All of the methods return JSON."""
+
+    def test_digests(self) -> dict[str, str]:
+        """SHA-256 of every parameter, and of every weight that a layer keeps packed."""
+        return digests(self.get_model())  # type: ignore[attr-defined]
+
+    def test_drafter_digests(self) -> dict[str, str]:
+        return digests(self.get_draft_model())  # type: ignore[attr-defined]
+
+    def test_modules(self) -> list[str]:
+        """What of ours this process has imported."""
+        return sorted(name for name in sys.modules if name.startswith("ckpt_engine"))
+
+    def test_echo(self, value: int) -> int:
+        return value
+
+    def test_pid(self) -> int:
+        return os.getpid()
+
+    def test_fault(self, phase: str, bucket: int = 0, rank: int = 0, fifo: str | None = None) -> None:
+        """The next update fails on `rank`: in phase prepare, run (after bucket) or finish. With `fifo`
+        it says by writing to that when it is there, and waits in reading from it."""
+        if self.rank == rank:  # type: ignore[attr-defined]
+            _fail_once(phase, bucket, fifo)
+
+    def test_pace(self, seconds: float) -> None:
+        """Each step of generation takes `seconds` longer, as a large model's does."""
+        runner = self.model_runner  # type: ignore[attr-defined]
+        runner.__dict__.pop("execute_model", None)
+        if seconds:
+            original, never = runner.execute_model, threading.Event()
+
+            def slowly(*args: object, **kwargs: object) -> object:
+                never.wait(seconds)
+                return original(*args, **kwargs)
+
+            runner.__dict__["execute_model"] = slowly
+
+    def test_pairs(self, wanted: bool) -> None:
+        """Whether load_weights passes over gate_proj where it does not get up_proj in the same call: models
+        that put several tensors into one parameter may want them all at a time."""
+        model = self.get_model()  # type: ignore[attr-defined]
+        model.__dict__.pop("load_weights", None)
+        if wanted:
+            model.__dict__["load_weights"] = lambda tensors: type(model).load_weights(model, _pairs(tensors))
+
+    def test_reload(self, checkpoint: str, borders: Sequence[int]) -> int:
+        """Loads a checkpoint in buckets that end at `borders`, all through one slot whose bytes change at
+        once after each; the bytes that had to be kept."""
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            config = self.vllm_config.model_config  # type: ignore[attr-defined]
+            return reload_through_slot(self.get_model(), config, Path(checkpoint), borders)  # type: ignore[attr-defined]
+
+
+def _pairs(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    found = dict(tensors)
+    return [
+        (name, tensor)
+        for name, tensor in found.items()
+        if "gate_proj" not in name or name.replace("gate_proj", "up_proj") in found
+    ]
+
+
+def digests(model: torch.nn.Module) -> dict[str, str]:
+    found = {name: _digest(parameter) for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        linear = getattr(module, "cpu_linear", None)
+        width = getattr(module, "input_size_per_partition", getattr(module, "embedding_dim", None))
+        if linear is not None and width is not None:
+            # The identity through the layer is its weight, exactly: each sum has one term that is not 0.
+            identity = torch.eye(width, dtype=torch.bfloat16)
+            found[f"{name} as packed"] = _digest(linear(identity, module.weight, None))
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def reload_through_slot(
+    model: torch.nn.Module,
+    model_config: Any,  # noqa: ANN401 - vLLM's
+    checkpoint: Path,
+    borders: Sequence[int],
+) -> int:
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = sorted(tensors)
+    layouts = [
+        TensorLayout(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in sorted(tensors.items())
+    ]
+    slot = torch.zeros(sum(-(-tensor.nbytes // 256) * 256 for tensor in tensors.values()), dtype=torch.uint8)
+    reload = Reload(model, model_config, rehearse(model, layouts))
+    reload.begin()
+    for start, end in zip([0, *borders], [*borders, len(names)], strict=True):
+        slot.fill_(0xFF)
+        offset, bucket = 0, []
+        for name in names[start:end]:
+            source = tensors[name].contiguous().reshape(-1).view(torch.uint8)
+            place = slot[offset : offset + source.numel()]
+            place.copy_(source)
+            offset += -(-source.numel() // 256) * 256
+            bucket.append((name, place.view(tensors[name].dtype).view(tensors[name].shape)))
+        reload.load(bucket)
+    slot.fill_(0xFF)
+    reload.finish()
+    return reload.kept_nbytes
+
+
+def _fail_once(phase: str, bucket: int, fifo: str | None) -> None:
+    kind = worker_update.WorkerUpdate
+    method = {"prepare": "_prepare", "run": "_run", "finish": "_finish"}[phase]
+    original: Callable[..., object] = getattr(kind, method)
+    calls = 0
+
+    def failing(*args: object) -> object:
+        nonlocal calls
+        calls += 1
+        if phase != "run" or calls == bucket + 1:
+            setattr(kind, method, original)
+            if phase == "run":
+                original(*args)
+            if fifo is not None:
+                Path(fifo).write_text("here")
+                Path(fifo).read_text()
+            raise RuntimeError(f"injected in {phase}")
+        return original(*args)
+
+    setattr(kind, method, failing)

@@ -1,0 +1,42 @@
+"""A parameter server in the tests' own process, for engines with one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckpt_engine import ParameterServer
+from ckpt_engine.update.session import UpdateReport
+from tests.engines.vllm.engines import OfflineEngine
+
+
+def update_from(
+    engine: OfflineEngine,
+    checkpoint: Path | Mapping[str, torch.Tensor],
+    *,
+    slot_nbytes: int | None = None,
+    timeout: float = 120,
+    **options: Any,  # noqa: ANN401 - of the worker's method
+) -> UpdateReport:
+    """One update, as a program would do it that has both in its hands."""
+
+    def ask(socket_paths: list[tuple[str, str]]) -> None:
+        (status,) = engine.rpc("update_weights_from_ipc", socket_paths, **options)
+        if status["outcome"] != "committed":
+            raise RuntimeError(f"the engine says: {status['error']}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CKPT_ENGINE_HOST_ID", "here")
+        if slot_nbytes is not None:
+            patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))
+        with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
+            if isinstance(checkpoint, Path):
+                ps.register_checkpoint("new", files=[str(checkpoint / "model.safetensors")])
+            else:
+                ps.register_checkpoint("new", named_tensors=dict(checkpoint))
+            ps.gather_metas("new")
+            return ps.update("new", ask, timeout=timeout)

@@ -1,0 +1,127 @@
+"""vLLM's LLM class, one worker: updates in place against the same engine after loading from disk."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ckpt_engine.errors import UpdateError
+from tests.engines.vllm.engines import SEEDS, Answers, Checkpoints, OfflineEngine
+from tests.engines.vllm.parameter_servers import update_from
+
+
+@dataclass
+class Model:
+    """An engine that started with dummy weights, and what it should answer for either version."""
+
+    engine: OfflineEngine
+    paths: dict[str, Path]
+    expected: dict[str, Answers]
+    dummy: Answers
+
+
+@pytest.fixture(scope="module", params=["qwen3", "llama", "tied", "moe"])
+def model(request: pytest.FixtureRequest, offline: OfflineEngine, checkpoints: Checkpoints) -> Model:
+    paths = {version: checkpoints(request.param, version) for version in "ab"}
+    expected = {version: offline.from_disk(path) for version, path in paths.items()}
+    assert expected["a"].generated != expected["b"].generated
+    offline.start(paths["a"], load_format="dummy")
+    return Model(offline, paths, expected, offline.answers())
+
+
+def test_it_answers_as_if_loaded_from_disk_update_after_update(model: Model) -> None:
+    assert model.dummy.generated != model.expected["a"].generated
+    for version in "aba":
+        report = update_from(model.engine, model.paths[version])
+        assert model.engine.answers() == model.expected[version]
+        (status,) = model.engine.rpc("ckpt_engine_status")
+        assert (status["rank"], status["weights"], status["version"]) == (0, "committed", report.version)
+
+
+@pytest.mark.parametrize("slot_nbytes", [1, 3000, 9000, 20_000, 33_000, 70_000, 150_000, 10_000_000])
+def test_any_bucket_size(model: Model, slot_nbytes: int) -> None:
+    """From a tensor in each bucket to the whole model in one; slots are used again."""
+    for version in "ba":
+        update_from(model.engine, model.paths[version], slot_nbytes=slot_nbytes)
+        assert model.engine.rpc("test_digests") == model.expected[version].digests
+
+
+def test_every_border_between_buckets(model: Model) -> None:
+    """So each fused parameter is cut at each of its members; then cuts at random."""
+    rng = random.Random(SEEDS["a"])
+    count = len(_names(model.paths["a"]))
+    splits = [[border] for border in range(1, count)][:60]
+    splits += [sorted(rng.sample(range(1, count), rng.randint(2, min(12, count - 1)))) for _ in range(20)]
+    kept = set()
+    for number, borders in enumerate(splits):
+        version = "ab"[number % 2]
+        kept.add(model.engine.rpc("test_reload", str(model.paths[version]), borders)[0])
+        assert model.engine.rpc("test_digests") == model.expected[version].digests, borders
+    assert 0 in kept
+    assert max(kept) > 0
+
+
+def test_a_model_that_wants_tensors_together_is_refused_where_they_come_apart(model: Model) -> None:
+    """What no later call would mend must be found before the weights are touched."""
+    update_from(model.engine, model.paths["a"])
+    model.engine.rpc("test_pairs", True)
+    try:
+        with pytest.raises(UpdateError, match=r"WeightsMismatch: .*gate_proj.weight"):
+            update_from(model.engine, model.paths["b"], slot_nbytes=3000)
+        assert model.engine.rpc("test_digests") == model.expected["a"].digests
+        update_from(model.engine, model.paths["b"])
+        assert model.engine.rpc("test_digests") == model.expected["b"].digests
+    finally:
+        model.engine.rpc("test_pairs", False)
+
+
+def test_update_in_one_call(model: Model) -> None:
+    for version in "ba":
+        committed = model.engine.ask("update", str(model.paths[version]))
+        assert model.engine.answers() == model.expected[version]
+        assert model.engine.rpc("ckpt_engine_status")[0]["version"] == committed
+
+
+def test_a_part_of_the_model_only_when_asked_for(model: Model) -> None:
+    update_from(model.engine, model.paths["a"])
+    name = "model.norm.weight"
+    part = {name: load_file(model.paths["b"] / "model.safetensors")[name]}
+    with pytest.raises(UpdateError, match=r"does not fill .*partial=True"):
+        update_from(model.engine, part)
+    assert model.engine.answers() == model.expected["a"]
+    update_from(model.engine, part, partial=True)
+    expected = dict(model.expected["a"].digests[0])
+    assert expected[name] != model.expected["b"].digests[0][name]
+    expected[name] = model.expected["b"].digests[0][name]
+    assert model.engine.rpc("test_digests") == [expected]
+
+
+def test_a_part_of_a_module_is_refused(model: Model) -> None:
+    """Its other parameters would be neither the old ones nor new ones."""
+    update_from(model.engine, model.paths["a"])
+    tensors = load_file(model.paths["b"] / "model.safetensors")
+    member = "model.layers.0.self_attn.v_proj.weight"
+    with pytest.raises(UpdateError, match=r"qkv_proj.weight \(missing .*q_proj.weight, .*k_proj.weight\)"):
+        update_from(model.engine, {member: tensors[member]}, partial=True)
+    assert model.engine.rpc("test_digests") == model.expected["a"].digests
+
+
+def test_tensors_that_the_model_has_no_place_for_may_be_ignored(model: Model) -> None:
+    tensors = load_file(model.paths["b"] / "model.safetensors")
+    tensors["model.layers.0.mlp.down_proj.bias"] = torch.zeros(128, dtype=torch.bfloat16)
+    with pytest.raises(UpdateError, match=r"WeightsMismatch.*mlp.down_proj.bias"):
+        update_from(model.engine, tensors)
+    update_from(model.engine, tensors, ignored=["model.layers.*.mlp.down_proj.bias"])
+    assert model.engine.answers() == model.expected["b"]
+
+
+def _names(checkpoint: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(checkpoint / "model.safetensors", framework="pt") as file:
+        return list(file.keys())

@@ -1,0 +1,327 @@
+"""vLLM's HTTP server, with one worker and with two: updates, failures in every phase, deaths."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from ckpt_engine_vllm import VllmServer
+from ckpt_engine_vllm.server_client import PauseMode
+from safetensors.torch import load_file, save_file
+
+from tests.engines.vllm.engines import Answers, Checkpoints, OfflineEngine
+from tests.engines.vllm.servers import Fleet, Server
+from tests.integration.conftest import torchrun
+
+TOKENS, STEP_SECONDS = 200, 0.025
+"""Of a long answer: seconds, in which an update takes a part of one."""
+ATTEMPTS = 3
+"""On a loaded machine an answer may be complete before the update is asked for."""
+NATIVE = ("--weight-transfer-config", '{"backend": "ckpt_engine"}')
+BELOW = ("deadline", "host_memory")
+PROMPT_SECONDS = 20.0
+"""What a failure may take on a loaded machine; far below the update's 60 s."""
+
+
+@dataclass
+class World:
+    server: Server
+    fleet: Fleet
+    paths: dict[str, Path]
+    expected: dict[str, Answers]
+    pids: list[int] = field(default_factory=list)
+    """Of the workers."""
+
+    @property
+    def size(self) -> int:
+        return self.server.tensor_parallel_size
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def world(
+    request: pytest.FixtureRequest,
+    offline: OfflineEngine,
+    checkpoints: Checkpoints,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[World]:
+    logs = tmp_path_factory.mktemp(f"server-{request.param}")
+    paths = {version: checkpoints("qwen3", version) for version in "ab"}
+    with tempfile.TemporaryDirectory(prefix="vllm-") as sockets:
+        # With two workers on a Unix socket (107 bytes at most), with one on a port.
+        uds = Path(sockets) / "http" if request.param == 2 else None
+        yield from _world(request.param, offline, paths, logs, uds)
+
+
+def _world(
+    size: int, offline: OfflineEngine, paths: dict[str, Path], logs: Path, uds: Path | None
+) -> Iterator[World]:
+    server = Server(paths["a"], size, logs / "server.txt", "--load-format", "dummy", *NATIVE, uds=uds)
+    world = World(server, Fleet(size, logs / "ranks.txt", CKPT_ENGINE_SLOT_MIB="0.05"), paths, {})
+    try:
+        # The server starts meanwhile.
+        for version, path in paths.items():
+            world.expected[version] = offline.from_disk(path, size)
+        server.wait()
+        world.pids = [int(pid) for pid in server.rpc("test_pid")]
+        yield world
+    finally:
+        world.fleet.close()
+        server.close()
+
+
+def test_it_answers_as_if_loaded_from_disk_update_after_update(world: World) -> None:
+    for version in "aba":
+        committed = world.fleet.commit(world.server, world.paths[version])
+        assert world.server.answers() == world.expected[version]
+        for rank, status in enumerate(world.server.rpc("ckpt_engine_status")):
+            assert (status["rank"], status["weights"], status["version"]) == (rank, "committed", committed)
+
+
+def test_a_worker_imports_little(world: World) -> None:
+    world.fleet.commit(world.server, world.paths["a"])
+    for modules in world.server.rpc("test_modules"):
+        packages = {".".join(name.split(".")[:2]) for name in modules if name.startswith("ckpt_engine.")}
+        assert packages <= {
+            f"ckpt_engine.{part}" for part in ("ipc", "devices", "errors", "settings", *BELOW)
+        }
+
+
+@pytest.mark.parametrize(("phase", "bucket"), [("prepare", 0), ("run", 0), ("run", 3), ("finish", 0)])
+def test_an_exception_in_a_worker_comes_back_and_the_next_update_works(
+    world: World, phase: str, bucket: int
+) -> None:
+    """On the last rank: the others have to hear of it too."""
+    world.fleet.commit(world.server, world.paths["a"])
+    world.server.rpc("test_fault", phase, bucket, world.size - 1)
+    results = world.fleet.update(world.server, world.paths["b"])
+    for result in results:
+        assert result["type"] == "UpdateError"
+        assert f"RuntimeError: injected in {phase}" in result["error"]
+        assert "tests/engines/vllm/extension.py" in result["record"]["traceback"]
+        assert result["seconds"] < PROMPT_SECONDS
+    weights = [status["weights"] for status in world.server.rpc("ckpt_engine_status")]
+    if phase == "prepare":
+        # Nothing was touched here.
+        assert weights[-1] == "committed"
+    else:
+        assert weights == ["incomplete"] * world.size
+    # It lives, whatever it says.
+    assert len(world.server.generate([5, 6, 7])[0]) > 0
+    world.fleet.commit(world.server, world.paths["b"])
+    assert world.server.answers() == world.expected["b"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "no handle for device"),
+        ((5,), "TypeError"),
+        (([["CPU-here-9"]],), "ValueError"),
+        (([], False, 7), "TypeError"),
+        (([], False, [], "more"), "takes no arguments"),
+    ],
+)
+def test_whatever_is_asked_of_a_worker_nothing_is_raised(
+    world: World, args: tuple[object, ...], message: str
+) -> None:
+    """With several workers vLLM would give out later replies to other calls."""
+    for rank, status in enumerate(world.server.rpc("update_weights_from_ipc", *args)):
+        assert status["outcome"] == "failed", rank
+        assert message in status["error"]
+    assert world.server.rpc("test_echo", 42) == ["42"] * world.size
+    assert world.server.post("/start_weight_update") == {"message": "Weight update started"}
+    for bad in ({"zmq_handles": 5}, {"unknown": 1}):
+        world.server.post("/update_weights", {"update_info": bad})
+        for status in world.server.rpc("ckpt_engine_status"):
+            assert status["last"]["outcome"] == "failed"
+    world.server.post("/finish_weight_update")
+    assert world.server.rpc("test_echo", 43) == ["43"] * world.size
+
+
+@pytest.mark.parametrize("what", ["missing", "missing member", "unknown", "misshapen", "too large"])
+def test_other_tensors_than_the_models_are_refused_by_name(world: World, what: str, tmp_path: Path) -> None:
+    world.fleet.commit(world.server, world.paths["a"])
+    tensors = load_file(world.paths["b"] / "model.safetensors")
+    norm, member = "model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.k_proj.weight"
+    if what == "missing":
+        del tensors[norm]
+    elif what == "missing member":
+        del tensors[member]
+    elif what == "unknown":
+        tensors["model.layers.1.mlp.extra_proj.weight"] = torch.zeros(3)
+    elif what == "misshapen":
+        tensors[norm] = torch.zeros(7, dtype=torch.bfloat16)
+    else:
+        tensors[member] = torch.zeros((256, 128), dtype=torch.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    name = {"missing": norm, "misshapen": norm, "unknown": "model.layers.1.mlp.extra_proj"}.get(what, member)
+    for result in world.fleet.update(world.server, tmp_path):
+        assert result["type"] == "UpdateError"
+        assert "WeightsMismatch" in result["error"]
+        assert name in result["error"]
+    assert world.server.answers() == world.expected["a"]
+
+
+def test_the_command_line(world: World) -> None:
+    """As the README has it; the server is reached by --engine vllm, generation is paused meanwhile."""
+    for version, pause, *more in (("b", "keep", "--native"), ("a", "wait")):
+        output = torchrun(
+            world.size,
+            "ckpt_engine.cli.main",
+            *("update", "--checkpoint-path", str(world.paths[version]), "--endpoint", world.server.url),
+            *("--engine", "vllm", "--pause", pause, "--timeout", "100", "--health-timeout", "60", *more),
+            *(() if world.server.uds is None else ("--uds", world.server.uds)),
+            timeout=200,
+            GLOO_SOCKET_IFNAME="lo",
+            CKPT_ENGINE_HOST_ID="here",
+        )
+        assert "is in place as version" in output
+        assert world.server.post("/reset_prefix_cache")
+        assert world.server.answers() == world.expected[version]
+
+
+def test_what_the_old_weights_computed_is_forgotten(world: World) -> None:
+    """The attention state of a prompt is kept by its tokens alone: vLLM does not know that the weights are
+    others."""
+    prompt = [token % 500 + 2 for token in range(200)]
+    answers = {}
+    for version in "ab":
+        world.fleet.commit(world.server, world.paths[version])
+        answers[version] = world.server.generate(prompt)
+    assert answers["a"] != answers["b"]
+    world.fleet.commit(world.server, world.paths["a"])
+    assert world.server.generate(prompt) == answers["a"]
+
+
+def test_a_failure_over_the_native_routes_is_told_and_the_next_update_works(world: World) -> None:
+    """vLLM itself would say that all went well."""
+    world.fleet.commit(world.server, world.paths["a"])
+    before = world.server.get("/weight_info")["weight_version"]
+    world.server.rpc("test_fault", "run", 1, world.size - 1)
+    for result in world.fleet.update(world.server, world.paths["b"], native=True):
+        assert "RuntimeError: injected in run" in result["error"]
+    assert world.server.get("/weight_info")["weight_version"] == before
+    for result in world.fleet.update(world.server, world.paths["b"], native=True):
+        assert "report" in result, result
+    assert world.server.answers() == world.expected["b"]
+    after = world.server.get("/weight_info")["weight_version"]
+    assert after == world.server.rpc("ckpt_engine_status")[0]["version"]
+
+
+@pytest.mark.parametrize("mode", list(PauseMode))
+def test_requests_in_flight(world: World, mode: PauseMode) -> None:
+    world.fleet.commit(world.server, world.paths["a"])
+    client = VllmServer(endpoint=world.server.url, uds=world.server.uds, pause=mode)
+    client.reset_prefix_cache()
+    old = world.server.complete([5, 6, 7], TOKENS)["text"]
+    for _ in range(ATTEMPTS):
+        text, ending = _answered_across_an_update(world, client)
+        if ending == "abort":
+            assert mode is PauseMode.ABORT
+            assert old.startswith(text)
+            break
+        assert ending == "length"
+        if mode is PauseMode.WAIT:
+            assert text == old
+            break
+        if text != old:
+            assert mode is not PauseMode.ABORT
+            break
+        # The answer was complete before the pause.
+        world.fleet.commit(world.server, world.paths["a"])
+    else:
+        pytest.fail("every answer was the old weights' alone")
+    assert world.server.post("/reset_prefix_cache")["success"]
+
+
+def _answered_across_an_update(world: World, client: VllmServer) -> tuple[str, str]:
+    """A long answer to which there is an update to b: its text, and why it ended."""
+    client.reset_prefix_cache()
+    choices = world.server.stream([5, 6, 7], TOKENS)
+    world.server.rpc("test_pace", STEP_SECONDS)
+    text = next(choices)["text"]
+    ending = ""
+    with client.paused(60):
+        world.fleet.commit(world.server, world.paths["b"])
+    world.server.rpc("test_pace", 0)
+    for choice in choices:
+        text += choice["text"]
+        ending = choice["finish_reason"]
+    return text, ending
+
+
+def test_between_sleep_and_waking_up(world: World) -> None:
+    """The order for an engine that has given its memory back, which one on CPU does not."""
+    world.fleet.commit(world.server, world.paths["a"])
+    world.server.post("/sleep?level=2")
+    world.server.post("/wake_up?tags=weights")
+    world.fleet.commit(world.server, world.paths["b"])
+    world.server.post("/wake_up?tags=kv_cache")
+    assert world.server.answers() == world.expected["b"]
+
+
+def test_parameter_servers_that_die_leave_an_engine_that_lives(world: World, tmp_path: Path) -> None:
+    fifo = _fifo(tmp_path)
+    world.server.rpc("test_fault", "run", 2, 0, str(fifo))
+    world.fleet.start_update(world.server, world.paths["b"])
+    assert fifo.read_text() == "here"
+    # Its answer can only be had by another call: the one who asked is killed as well.
+    for process in world.fleet.processes:
+        process.kill()
+        process.communicate()
+    fifo.write_text("go on")
+    started = time.monotonic()
+    statuses = world.server.rpc("ckpt_engine_status")
+    assert time.monotonic() - started < PROMPT_SECONDS
+    assert [status["weights"] for status in statuses] == ["incomplete"] * world.size
+    assert len(world.server.generate([5, 6, 7])[0]) > 0
+    world.fleet = Fleet(world.size, world.server.log.with_name("ranks.txt"), CKPT_ENGINE_SLOT_MIB="0.05")
+    world.fleet.commit(world.server, world.paths["b"])
+    assert world.server.answers() == world.expected["b"]
+
+
+def test_replies_that_are_late_are_told_from_those_asked_for(world: World, tmp_path: Path) -> None:
+    """A worker is held up for longer than vLLM's RPC may take. vLLM then gives out each of its later replies
+    one call late, and only another engine process helps: so no update may be said to have worked.
+    The test before the last of a world."""
+    world.fleet.commit(world.server, world.paths["a"])
+    fifo = _fifo(tmp_path)
+    world.server.rpc("test_fault", "run", 2, world.size - 1, str(fifo))
+    # The RPC gets 10 s less.
+    world.fleet.start_update(world.server, world.paths["b"], timeout=15)
+    assert fifo.read_text() == "here"
+    for result in world.fleet.results():
+        assert "collective_rpc" in result["error"]
+        assert result["seconds"] < PROMPT_SECONDS + 15
+    fifo.write_text("go on")
+    results = world.fleet.update(world.server, world.paths["b"])
+    for result in results:
+        assert "answered an earlier call" in result["error"]
+        assert "restart it" in result["error"]
+
+
+def test_an_engine_that_dies_ends_the_update(world: World, tmp_path: Path) -> None:
+    """The last test of a world."""
+    fifo = _fifo(tmp_path)
+    world.server.rpc("test_fault", "run", 2, world.size - 1, str(fifo))
+    world.fleet.start_update(world.server, world.paths["a"])
+    assert fifo.read_text() == "here"
+    with ThreadPoolExecutor(1) as pool:
+        results = pool.submit(world.fleet.results)
+        os.kill(world.pids[world.size - 1], signal.SIGKILL)
+        for result in results.result(PROMPT_SECONDS):
+            assert result["type"] in ("PeerLost", "UpdateError")
+
+
+def _fifo(directory: Path) -> Path:
+    path = directory / "fifo"
+    os.mkfifo(path)
+    return path

@@ -1,0 +1,66 @@
+"""Checkpoints of tiny models in several architectures, drawn from a seed, with a tokenizer of their own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCAB_SIZE = 512
+_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 2048,
+}
+_EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok": 2}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
+    "llama": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True}),
+    "tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    "moe": ("Qwen3MoeConfig", {"tie_word_embeddings": False, **_EXPERTS}),
+}
+"""name -> transformers' config class, and what differs from the common shape."""
+
+
+def make_tiny_checkpoint(directory: Path, architecture: str, seed: int) -> None:
+    """Writes config.json, model.safetensors in bfloat16 and a tokenizer, under 1 MiB in all."""
+    import transformers
+
+    name, options = ARCHITECTURES[architecture]
+    config = getattr(transformers, name)(**_SHAPE, **options)
+    config.dtype = torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.copy_(_draw(parameter_name, parameter, generator))
+    model.to(torch.bfloat16).save_pretrained(directory)
+    _save_tokenizer(directory)
+
+
+def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Weights of unit gain, so that what a model answers depends on each of them."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.ndim == 1:
+        return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
+    return noise * (0.02 if "embed" in name else 1.5 / math.sqrt(parameter.shape[-1]))
+
+
+def _save_tokenizer(directory: Path) -> None:
+    """One word for each token: `w7` is token 7."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w1").save_pretrained(
+        directory
+    )
