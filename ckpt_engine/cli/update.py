@@ -266,8 +266,8 @@ def update(
         str,
         typer.Option(
             "--custom-dist",
-            help="vllm_nccl, vllm_gloo or vllm_hccl: broadcast through vLLM's stateless groups. Alone, or auto: "
-            "through groups chosen automatically. None of them touches torch's default group.",
+            help="vllm_nccl, vllm_gloo or vllm_hccl: broadcast through vLLM's stateless groups. Alone, or "
+            "auto: through groups chosen automatically. None of them touches torch's default group.",
         ),
     ] = "auto",
     verbose: Verbose = False,
