@@ -240,7 +240,8 @@ class ParameterServer:
         Args:
             req_func: called once, in a thread, with `[(device_uuid, zmq_handle), ...]` of all ranks; it
                 asks the engine to start receiving.
-            timeout: for the whole update.
+            timeout: until the update is decided. A failed one may take some seconds more: workers get 10 s to
+                leave their loops, or their memory could be freed under them.
             ranks: those to update; None or empty: all. Of the others only those must call that hold a part
                 of the checkpoint: they take part without a worker.
             keep_buffers: keep the ring on the device for the next update: faster, but its memory is not the
