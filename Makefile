@@ -27,7 +27,7 @@ help:  ## Lists the targets
 demo: $(if $(filter vllm,$(ENGINE)),.venv-vllm/.stamp,$(STAMP))  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
 	@$(if $(filter vllm,$(ENGINE)),.venv-vllm/bin,$(BIN))/ckpt-engine demo --engine $(ENGINE) $(ARGS)
 
-test: $(STAMP)  ## Runs all tests
+test: $(STAMP)  ## Runs the tests; those of engines and of CUDA have targets of their own
 	$(BIN)/python -m pytest $(ARGS)
 
 test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and workers

@@ -186,6 +186,7 @@ def as_utf8(text: str) -> str:
 
 class UpdateError(CkptEngineError):
     """The update did not commit. `record` says where it failed first; every rank raises the same record.
+    Only of a lost rank nobody knows how far it had come: there each tells its own stage, bucket and tensors.
 
     `touched`: whether this rank's worker may hold some of the new weights (it is then *incomplete*
     until a full update succeeds). None: this rank does not know.

@@ -11,6 +11,7 @@ The loop never waits without a deadline, and it ends when the parameter server d
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import time
@@ -35,6 +36,8 @@ from ckpt_engine.errors import (
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.sockets import IDENTITY_NBYTES, receive_descriptors, tune
 from ckpt_engine.settings import load_settings
+
+logger = logging.getLogger(__name__)
 
 Run = Callable[[list[tuple[str, torch.Tensor]]], object]
 """Loads the tensors of one bucket, shapes as in the checkpoint. They are valid until it returns."""
@@ -311,6 +314,8 @@ class _Receiver:
         finally:
             try:
                 self._release()
+            except Exception:  # none is left after a success; the failure counts more than this
+                logger.exception("the ring of a failed update could not be released")
             finally:
                 self._connection.close()
 

@@ -118,7 +118,7 @@ class Rounds:
             return
         round_.left.add(rank)
         if round_.verdict is None and rank not in round_.votes and (round_.decides or not round_.met):
-            self._give_up(round_, _record("PeerLost", f"rank {rank} left {round_.purpose} without a word"))
+            self._give_up(round_, _lost(rank, f"left {round_.purpose} without a word"))
         self._forget_if_over(round_)
 
     def lose(self, rank: int, reason: str) -> None:
@@ -189,8 +189,15 @@ class Rounds:
 
     def _with_missing(self, round_: _Round, record: ErrorRecord) -> ErrorRecord:
         """Only here it is known for whom a rank waited in vain, and what became of them."""
+        if record.error_type != "UpdateTimeout":
+            return record
+        if round_.met:
+            behind = sorted(set(round_.members) - round_.votes - {record.rank})
+            if round_.votes and behind:
+                return replace(record, message=f"{record.message}: ranks {behind} had not")
+            return record
         missing = set(round_.members) - round_.brought.keys()
-        if round_.met or not missing or record.error_type != "UpdateTimeout":
+        if not missing:
             return record
         what = f"{record.message}: ranks {sorted(missing)} did not arrive"
         for known in self._given_up:
@@ -209,8 +216,7 @@ class Rounds:
         if lost and not round_.without_lost:
             rank = min(lost)
             what = "left" if "closed its parameter server" in self.lost[rank] else "died or stopped"
-            record = _record("PeerLost", f"rank {rank} {what}: {self.lost[rank]}")
-            self._decide(round_, Verdict(record=record))
+            self._decide(round_, Verdict(record=_lost(rank, f"{what}: {self.lost[rank]}")))
         elif not round_.met and members <= round_.brought.keys() | lost:
             round_.met = True
             del self._gathering[round_.members]
@@ -249,3 +255,7 @@ class Rounds:
 
 def _record(error_type: str, message: str) -> ErrorRecord:
     return ErrorRecord(error_type=error_type, message=message)
+
+
+def _lost(rank: int, what: str) -> ErrorRecord:
+    return ErrorRecord(error_type="PeerLost", message=f"rank {rank} {what}", rank=rank)

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -291,14 +291,23 @@ class UpdateSession:
         if verdict.record is None:
             return verdict
         clear_frames(error)
-        self._tell_worker(verdict.record)
+        decided = verdict.record
+        if not decided.stage:  # a lost rank cannot say how far it had come: this one says how far it had
+            decided = replace(
+                decided,
+                stage=record.stage,
+                bucket=record.bucket,
+                tensors=record.tensors,
+                left_out=record.left_out,
+            )
+        self._tell_worker(decided)
         self.me.drop_groups()
         # A caller's own mistake on this rank, and an interrupt, stay what they are.
         if not isinstance(error, Exception) or (
             isinstance(error, CheckpointError | ConfigError) and not self._met
         ):
             raise error
-        raise error_of(verdict.record, touched=touched) from (
+        raise error_of(decided, touched=touched) from (
             error if not isinstance(error, UpdateError) else error.__cause__
         )
 

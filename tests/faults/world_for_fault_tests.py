@@ -236,14 +236,26 @@ class World:
         assert os.listdir(base) == []
 
 
-def failed_alike(answers: Mapping[int, Answer]) -> dict[str, Any]:
-    """The record of an update's failure, which is the same on every rank."""
+PLACE = ("stage", "bucket", "tensors", "left_out")
+
+
+def failed_alike(answers: Mapping[int, Answer], *, lost: int | None = None) -> dict[str, Any]:
+    """The record of an update's failure, which is the same on every rank; when rank `lost` was, each says how
+    far it had come itself."""
     first = next(iter(answers.values()))
+    own = PLACE if lost is not None else ()
     for answer in answers.values():
         assert "record" in answer, answers
-        assert (answer["error"], answer["record"]) == (first["error"], first["record"]), answers
-    record: dict[str, Any] = first["record"]
-    return record
+        record: dict[str, Any] = answer["record"]
+        same = {key: value for key, value in record.items() if key not in own}
+        assert answer["error"] == first["error"], answers
+        assert same == {key: first["record"][key] for key in same}, answers
+        if lost is not None:
+            assert record["rank"] == lost, answers
+            assert record["stage"] in ("begin", "handshake", "buckets"), answers
+            assert (record["bucket"] is not None) == bool(record["tensors"]), answers
+            assert record["bucket"] is None or record["stage"] == "buckets", answers
+    return dict(first["record"])
 
 
 NewWorld = Callable[..., World]
