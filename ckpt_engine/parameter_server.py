@@ -59,7 +59,7 @@ class ParameterServer:
             PS_MEM_FRACTION, else 0.9).
         master_addr, master_port: where rank 0 serves the control store (default: MASTER_ADDR, and
             MASTER_PORT + 1, since the launcher's own store has MASTER_PORT).
-        device: `cuda` or `cpu`, or None to detect.
+        device: `cuda`, `npu` or `cpu`, or None to detect.
 
     Raises:
         ConfigError: a bad value; the message names the argument or the variable.
@@ -77,6 +77,16 @@ class ParameterServer:
         master_port: int | None = None,
         device: str | None = None,
     ) -> None:
+        for name, value in {
+            "rank": rank,
+            "world_size": world_size,
+            "gpu_count": gpu_count,
+            "master_port": master_port,
+        }.items():
+            if value is not None and type(value) is not int:
+                raise ConfigError(f"{name}={value!r}: give an int, not a {type(value).__name__}")
+        if mem_fraction is not None and type(mem_fraction) not in (int, float):
+            raise ConfigError(f"mem_fraction={mem_fraction!r}: give a number above 0 and at most 1")
         self.settings = load_settings()
         self.rank, self.world_size = place_of(rank, world_size, self.settings)
         self.mem_fraction = self.settings.mem_fraction if mem_fraction is None else mem_fraction

@@ -88,7 +88,7 @@ def worker_uuid(device_id: int, kind: str | None = None) -> str:
 
     Args:
         device_id: the worker's own index of it; on CPU CKPT_ENGINE_CPU_DEVICES maps it to the host's.
-        kind: `cuda` or `cpu`, or None to detect.
+        kind: `cuda`, `npu` or `cpu`, or None to detect.
 
     Raises:
         ConfigError: no such device here.

@@ -197,9 +197,14 @@ class CudaStaging:
         self.nbytes = nbytes
         self._index = index
         self._address = cudart.malloc(index, nbytes)
-        self._bytes: torch.Tensor | None = _as_bytes(index, self._address, nbytes)
-        with torch.cuda.device(index):
-            self._filled, self._emptied = torch.cuda.Event(), torch.cuda.Event()
+        self._bytes: torch.Tensor | None = None
+        try:
+            self._bytes = _as_bytes(index, self._address, nbytes)
+            with torch.cuda.device(index):
+                self._filled, self._emptied = torch.cuda.Event(), torch.cuda.Event()
+        except BaseException:
+            self.close()
+            raise
 
     def fill(self) -> torch.Tensor:
         return self._after(self._emptied)

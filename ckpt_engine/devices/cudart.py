@@ -71,9 +71,16 @@ def malloc(index: int, nbytes: int) -> int:
     """Device memory on cuda:`index`, outside torch's allocator; its address."""
     pointer = ctypes.c_void_p()
     with torch.cuda.device(index):
-        _check(_on(index).cudaMalloc(ctypes.byref(pointer), nbytes), f"allocating {nbytes} bytes")
+        _check(_on(index).cudaMalloc(ctypes.byref(pointer), nbytes), _allocating(nbytes))
     assert pointer.value is not None
     return pointer.value
+
+
+def _allocating(nbytes: int) -> str:
+    return (
+        f"allocating {nbytes} bytes (the engine left less than was free a moment ago: leave it less, or "
+        "make CKPT_ENGINE_SLOT_MIB or PS_MEM_FRACTION smaller)"
+    )
 
 
 def free(index: int, address: int) -> None:

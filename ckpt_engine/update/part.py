@@ -67,7 +67,8 @@ class Part:
                 stuck = self.plan.buckets[before + 1]
                 message = (
                     f"the worker (pid {self.channel.worker_pid}) has not given back bucket {stuck.index}: "
-                    "it is stopped, or stuck in the engine's own code (then the engine needs a restart)"
+                    "it is stopped, or stuck in the engine's own code (then the engine needs a restart; "
+                    "CKPT_ENGINE_REPLY_TIMEOUT is how long it may take)"
                 )
                 with at_work_on(stuck):
                     raise UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))

@@ -213,7 +213,10 @@ class UpdateSession:
         deadline = self.deadline.or_after(self.me.settings.handshake_timeout)
         if not self._reactor.wait(lambda: channel.ready, deadline):
             what = "has not mapped the ring" if channel.connected else "has not connected to its handle"
-            raise self._timeout(f"the worker of device {self.me.device.uuid()} {what}")
+            raise self._timeout(
+                f"the worker of device {self.me.device.uuid()} {what} "
+                "(CKPT_ENGINE_HANDSHAKE_TIMEOUT is how long it may take)"
+            )
 
     def _move(self) -> None:
         self._enter("buckets")
@@ -243,7 +246,10 @@ class UpdateSession:
     def _wait_for(self, done: Callable[[], bool]) -> None:
         """For the worker, which has `reply_timeout` for each of its steps."""
         if not self._reactor.wait(done, self.deadline.or_after(self.me.settings.reply_timeout)):
-            raise self._timeout("the worker did not answer: it is stopped, or stuck in the engine's own code")
+            raise self._timeout(
+                "the worker did not answer: it is stopped, or stuck in the engine's own code "
+                "(CKPT_ENGINE_REPLY_TIMEOUT is how long it may take)"
+            )
 
     def _commit(self, verdict: Verdict) -> None:
         """Tells the worker, and waits for `req_func`."""

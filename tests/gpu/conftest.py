@@ -16,7 +16,9 @@ __all__ = ["broken_engine"]
 HERE = Path(__file__).parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr == "gpu" and not torch.cuda.is_available():
+        pytest.exit("`-m gpu` asks for tests on a CUDA device, and none is here", returncode=3)
     for item in items:
         if item.path.is_relative_to(HERE):
             item.add_marker("gpu")

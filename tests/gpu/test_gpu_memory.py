@@ -96,6 +96,53 @@ def test_weights_come_from_tensors_on_the_device_too() -> None:
     assert found["equal"]
 
 
+def test_files_in_memory_are_pinned_where_they_are() -> None:
+    found = run_alone(
+        "import tempfile\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from tests.support.worker import digest\n"
+        "def pinned():\n"
+        "    status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
+        "    return int(status['VmPin'].split()[0]) + int(status['VmLck'].split()[0])\n"
+        "tensors = {f't{i}': torch.randn(1000, 1000) for i in range(20)}\n"
+        "expected = {name: digest(tensor) for name, tensor in tensors.items()}\n"
+        "torch.cuda.mem_get_info(0)\n"
+        "with tempfile.TemporaryDirectory(dir='/dev/shm') as directory:\n"
+        "    path = Path(directory) / 'model.safetensors'\n"
+        "    save_file(tensors, path)\n"
+        "    before = pinned()\n"
+        "    ps.register_checkpoint('a', files=[path], use_inplace_pin_memory=True)\n"
+        "    found = {'removed': not path.exists()}\n"
+        "    ps.gather_metas('a')\n"
+        "    update('a')\n"
+        "    found['equal'] = worker.last['digests'] == expected\n"
+        "    ps.unregister_checkpoint('a')\n"
+        "    found['left'] = pinned() - before\n"
+        "print(json.dumps(found))\n"
+    )
+    assert (found["removed"], found["equal"]) == (True, True)
+    assert found["left"] <= 0
+
+
+def test_the_pool_serves_one_checkpoint_after_the_other() -> None:
+    found = run_alone(
+        "from tests.support.worker import digest\n"
+        "equal, addresses = [], set()\n"
+        "for number in (30, 20, 30):\n"
+        "    tensors = {f't{i}': torch.randn(500, 500) for i in range(number)}\n"
+        "    ps.register_checkpoint('a', named_tensors=tensors, use_shared_memory_pool=True)\n"
+        "    ps.gather_metas('a')\n"
+        "    update('a')\n"
+        "    equal.append(worker.last['digests'] == {name: digest(t) for name, t in tensors.items()})\n"
+        "    addresses.add(ps._registry.get('a').arena.address)\n"
+        "    ps.unregister_checkpoint('a')\n"
+        "ps.unregister_checkpoint('a', force=True)\n"
+        "print(json.dumps({'equal': equal, 'arenas': len(addresses)}))\n"
+    )
+    assert found == {"equal": [True] * 3, "arenas": 1}
+
+
 def test_a_worker_may_number_its_devices_in_another_way() -> None:
     """With one GPU both indices are 0; the worker's numbering is its own all the same (by UUID)."""
     found = run_alone(

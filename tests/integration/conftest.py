@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -101,6 +102,10 @@ def torchrun(size: int, module: str, *arguments: str, timeout: float, **environm
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        # Ranks are in sessions of their own: SIGTERM lets the launcher end them first.
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"torchrun did not end within {timeout} s:\n{output[-8000:]}")

@@ -114,7 +114,7 @@ def main() -> None:
     seen = {}
     worker = Worker(int(os.environ["LOCAL_RANK"]))
     try:
-        with ParameterServer(device="cpu") as ps:
+        with ParameterServer(device=os.environ.get("TEST_DEVICE", "cpu")) as ps:
 
             def update(name: str) -> None:
                 ps.gather_metas(name)

@@ -60,3 +60,12 @@ def test_a_rank_that_neither_receives_nor_owns_must_not_call(gathered: GatheredM
     assert gathered.members("step", [0]) == (0, 1)
     with pytest.raises(ConfigError, match="rank 0 is not among them"):
         gathered.members("step", [1])
+
+
+def test_a_device_that_two_ranks_have_is_refused(gathered: GatheredMetas) -> None:
+    held = metas(r0=["a"], r1=["b"])
+    held[1] = held[1].model_copy(update={"device_uuid": held[0].device_uuid})
+    with pytest.raises(ConfigError, match=r"ranks 0 and 1 both have device CPU-h-0.*CKPT_ENGINE_DEVICE_UUID"):
+        gathered.put("step", held, {}, ["step"])
+    with pytest.raises(CheckpointError):
+        gathered.of("step", "epoch-0", ["step"])

@@ -255,3 +255,30 @@ def test_a_reload_that_fails_on_the_device_is_reported_though_nobody_asks(
         assert caught.value.touched
         sender.channel.abort("it failed")
         assert "device-side assert triggered" in str(end.error())
+
+
+def test_a_ring_that_cannot_be_released_hides_no_failure(
+    context: Context, base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After some errors a device refuses every call."""
+    close = SharedRing.close
+
+    def refuse(ring: SharedRing) -> None:
+        close(ring)
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("device-side assert triggered")
+
+    def run(_: object) -> None:
+        raise ValueError("the engine's own words")
+
+    monkeypatch.setattr(SharedRing, "close", refuse)
+    with Sender(context, base) as sender:
+        end = Receiver(context, sender.handle, run=run)
+        sender.begin()
+        with pytest.raises(UpdateError, match="the engine's own words"):
+            sender.move()
+        sender.channel.abort("it failed")
+        error = end.error()
+    assert isinstance(error, UpdateError)
+    assert (error.record.error_type, error.record.bucket, error.touched) == ("ValueError", 0, True)
+    assert "could not be released" in caplog.text

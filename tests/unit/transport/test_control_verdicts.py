@@ -89,6 +89,20 @@ def test_only_the_last_vote_commits_and_every_rank_is_woken(three: Fleet) -> Non
     assert decided.version == "17"
 
 
+def test_a_timeout_of_the_last_step_names_the_ranks_that_have_not_voted(three: Fleet) -> None:
+    rounds, _ = met(three)
+    rounds[0].vote("17")
+    rounds[1].vote("17")
+    # What rank 2 still exchanges alone is served after those votes.
+    alone = three.controls[2].open_round("alone", [2])
+    alone.exchange(b"", Deadline.after(LIMIT))
+    alone.leave()
+    late = ErrorRecord(error_type="UpdateTimeout", message="not every rank finished", stage="decide", rank=0)
+    decided = rounds[0].abort(late).record
+    assert decided is not None
+    assert decided.message == "not every rank finished: ranks [2] had not"
+
+
 def test_a_rank_is_woken_by_anothers_abort(pair: Fleet) -> None:
     (mine, theirs), (wake, _) = met(pair)
     assert mine.peek() is None
