@@ -38,6 +38,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
             str(SEED),
             timeout=240,
             TEST_DEVICE="cuda",
+            CKPT_ENGINE_DEVICE_UUID="GPU-alone",
             PS_MAX_BUCKET_SIZE_GB=bits.MAX_BUCKET_GB,
             CKPT_ENGINE_SOCKET_DIR=sockets,
         )
