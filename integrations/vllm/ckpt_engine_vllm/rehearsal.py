@@ -11,6 +11,7 @@ from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import buckets_of, named_parameters, put_back
 from ckpt_engine.loading.rehearsal import rehearse as rehearse_with
+from ckpt_engine_vllm.layerwise import some_of_a_drafter
 
 
 def rehearse(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> Recording:
@@ -21,20 +22,6 @@ def rehearse(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> Recordi
     """
     with some_of_a_drafter():
         return rehearse_with(model, buckets_of(tensors), _without_storage)
-
-
-@contextmanager
-def some_of_a_drafter() -> Iterator[None]:
-    """MTP drafters complain when a call of load_weights has not all of their tensors. Whether the update has,
-    is found out from all of its calls together."""
-    try:
-        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-    except ImportError:
-        # A version without that check.
-        yield
-    else:
-        with disable_mtp_completeness_check():
-            yield
 
 
 @contextmanager

@@ -19,7 +19,7 @@ import torch
 
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine_vllm import moe
-from ckpt_engine_vllm.rehearsal import some_of_a_drafter
+from ckpt_engine_vllm.layerwise import abandon_layerwise_reload, some_of_a_drafter
 
 
 class Reload:
@@ -74,21 +74,10 @@ class Reload:
             raise RuntimeError(f"the reload moved {', '.join(changed[:8])}: restart the engine")
 
     def abandon(self) -> None:
-        """Puts the layers that are not complete back as they were: the model can run, with some old weights
-        and some new. Does nothing after `finish`."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-        if not self._active:
-            return
-        for module in self.model.modules():
-            info = get_layerwise_info(module)
-            # A layer that nothing was loaded into gets its old tensors back.
-            info.loaded_weights.clear()
-            info.load_numel = 0
-        with torch.no_grad():
-            finalize_layerwise_reload(self.model, self._model_config)
-        self._active = False
+        """Puts the layers that are not complete back as they were. Does nothing after `finish`."""
+        if self._active:
+            abandon_layerwise_reload(self.model, self._model_config)
+            self._active = False
 
     def _copy_held(self, storages: set[int]) -> None:
         """Copies the tensors of these storages that layers wait with. Each one once."""

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 import zmq
 
-from ckpt_engine.errors import ConfigError, ErrorRecord
+from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
 from ckpt_engine.loading.completeness import Rules, check_complete, check_names, check_shapes, parameters_in
@@ -19,6 +19,7 @@ from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import named_parameters
 from ckpt_engine_vllm import moe
 from ckpt_engine_vllm.device_identity import device_of
+from ckpt_engine_vllm.layerwise import abandon_all
 from ckpt_engine_vllm.parts import Part, parts_of
 from ckpt_engine_vllm.refusals import refuse_old_vllm, refuse_unsupported
 from ckpt_engine_vllm.rehearsal import rehearse
@@ -160,14 +161,7 @@ class WorkerUpdate:
             return
         if status["touched"]:
             self._state.weights = "incomplete"
-        try:
-            for _, reload in self._parts:
-                reload.abandon()
-        except Exception as error:  # noqa: BLE001 - the update's own error must not be lost
-            status["error"] += (
-                "; and then the model could not be put back together, restart the engine: "
-                + ErrorRecord.from_exception(error).message
-            )
+        abandon_all([reload for _, reload in self._parts], status)
 
 
 def _rehearse_all(
