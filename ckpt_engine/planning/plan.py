@@ -16,6 +16,7 @@ from typing import Any
 from ckpt_engine.errors import PlanError
 from ckpt_engine.ipc.messages import BucketLayout, TensorLayout
 from ckpt_engine.metadata import RankMetas, align_up
+from ckpt_engine.planning.layers import spans
 from ckpt_engine.planning.ring import RingShape, shape_ring, shape_ring_and_staging
 
 
@@ -121,15 +122,20 @@ def cut_buckets(held: RankMetas, bucket_nbytes: int) -> Iterator[Bucket]:
     """Cuts what one rank holds into buckets of at most `bucket_nbytes` (a larger tensor stands alone).
 
     A tensor is never split, and begins at a multiple of 256 in its bucket. Tensors that are packed like
-    that in their host buffer too need one copy for all of them.
+    that in their host buffer too need one copy for all of them. A layer of the engine that fits into a bucket
+    is not split either, so that the engine need not keep a part of it. Where layers do not interleave, two
+    adjacent buckets still hold more than `bucket_nbytes`.
     """
+    rooms = spans(tensor for buffer in held.buffers for tensor in buffer.tensors)
     tensors: list[TensorLayout] = []
     ranges: list[HostRange] = []
     end = 0
     for number, buffer in enumerate(held.buffers):
         for tensor in buffer.tensors:
             start = align_up(end)
-            if tensors and start + tensor.nbytes > bucket_nbytes:
+            layer_nbytes = rooms.get(tensor.name, 0)
+            needed = layer_nbytes if layer_nbytes <= bucket_nbytes else 0
+            if tensors and start + max(needed, tensor.nbytes) > bucket_nbytes:
                 yield Bucket(owner=held.rank, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
                 tensors, ranges, start = [], [], 0
             last = ranges[-1] if ranges else None

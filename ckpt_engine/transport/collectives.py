@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -68,9 +68,9 @@ class GlooCollectives:
     def __init__(
         self, store: Store, prefix: str, place: int, size: int, deadline: Deadline, poll: Poll
     ) -> None:
-        timeout = timedelta(seconds=max(1.0, min(FORMING_SECONDS, deadline.remaining)))
-        made = _in_thread(
-            lambda: dist.ProcessGroupGloo(_own(store, prefix), place, size, timeout), deadline, poll
+        timeout = forming_timeout(deadline)
+        made = form_in_thread(
+            lambda: dist.ProcessGroupGloo(own_part(store, prefix), place, size, timeout), deadline, poll
         )
         self._group: dist.ProcessGroupGloo | None = made
 
@@ -96,7 +96,7 @@ class GlooCollectives:
         try:
             work.wait()
         except RuntimeError as error:
-            raise _broken("a broadcast broke", error) from error
+            raise broken("a broadcast broke", error) from error
 
     def close(self) -> None:
         held = [self._group]
@@ -109,7 +109,7 @@ class GlooCollectives:
             thread.join(CLOSE_SECONDS)
 
 
-class _DeviceGroup:
+class DeviceGroup:
     """What groups of devices with streams have in common: a broadcast is only enqueued, on the current one.
 
     A kind forms its group, which may take until the last member comes, so in a thread of its own; enqueues a
@@ -128,8 +128,8 @@ class _DeviceGroup:
     ) -> None:
         self._index = device_index
         timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
-        self._group: Any = _in_thread(
-            lambda: self._form(_own(store, prefix), place, size, timeout), deadline, poll
+        self._group: Any = form_in_thread(
+            lambda: self._form(own_part(store, prefix), place, size, timeout), deadline, poll
         )
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
@@ -138,7 +138,7 @@ class _DeviceGroup:
         try:
             self._enqueue(tensor, root)
         except RuntimeError as error:
-            raise _broken("a broadcast could not be enqueued", error) from error
+            raise broken("a broadcast could not be enqueued", error) from error
 
     def close(self) -> None:
         group, self._group = self._group, None
@@ -158,7 +158,7 @@ class _DeviceGroup:
         raise NotImplementedError
 
 
-class NcclCollectives(_DeviceGroup):
+class NcclCollectives(DeviceGroup):
     """nccl on its own prefix of the store: one CUDA device for each member."""
 
     def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
@@ -176,7 +176,7 @@ class NcclCollectives(_DeviceGroup):
         group.abort()
 
 
-class HcclCollectives(_DeviceGroup):
+class HcclCollectives(DeviceGroup):
     """hccl on its own prefix of the store: one NPU for each member.
 
     Its ports may be those of the engine's own communicator on the same NPU: see
@@ -184,7 +184,7 @@ class HcclCollectives(_DeviceGroup):
     """
 
     def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
-        npu = _npu_with_ports()
+        npu = npu_with_ports()
         kind = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL
         options = kind.Options()
         options._timeout = timeout
@@ -201,70 +201,7 @@ class HcclCollectives(_DeviceGroup):
         group.abort_hccl_comm("ckpt-engine drops the group")
 
 
-class VllmHcclCollectives(_DeviceGroup):
-    """hccl through vllm-ascend's own communicator: nothing of torch.distributed's but our store.
-
-    It cannot be aborted: a broadcast whose root is gone ends at HCCL_EXEC_TIMEOUT: NpuDevice wants it set.
-    """
-
-    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
-        npu = _npu_with_ports()
-        try:
-            kind = importlib.import_module("vllm_ascend.distributed.device_communicators.pyhccl")
-            stateless = importlib.import_module("vllm.distributed.utils").StatelessProcessGroup
-        except ImportError as error:
-            raise ConfigError(
-                f"CKPT_ENGINE_CUSTOM_DIST=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
-            ) from error
-        npu.set_device(self._index)
-        group = _stateless_group(stateless, store, place, size)
-        made = kind.PyHcclCommunicator(group, torch.device("npu", self._index))
-        if made.disabled:
-            # Its broadcasts would do nothing, in silence.
-            raise ConfigError("vllm-ascend cannot load hccl's library: set HCCL_SO_PATH")
-        return cast(object, made)
-
-    def _enqueue(self, tensor: torch.Tensor, root: int) -> None:
-        stream = cast(Any, torch).npu.current_stream(self._index)
-        # Without a stream it takes the one that was current when vllm-ascend first asked.
-        self._group.broadcast(tensor, root, stream=stream)
-
-    def _end(self, group: Any) -> None:  # noqa: ANN401
-        # Ending it waits for what is enqueued; the process must not wait with it.
-        thread = threading.Thread(
-            target=_end_communicator, args=(group,), name="ckpt-engine-group-end", daemon=True
-        )
-        thread.start()
-        thread.join(CLOSE_SECONDS)
-
-
-def _end_communicator(communicator: Any) -> None:  # noqa: ANN401
-    try:
-        if hasattr(communicator, "close"):
-            communicator.close()
-        else:  # vllm-ascend up to 0.23
-            communicator.hccl.hcclCommDestroy(communicator.comm)
-    except RuntimeError as error:
-        logger.warning("hccl, while a communicator ended: %s", error)
-
-
-def _stateless_group(base: Any, store: Store, place: int, size: int) -> Any:  # noqa: ANN401
-    """What vllm-ascend's communicator needs of a StatelessProcessGroup: two numbers, and a way to hand on its
-    id. vLLM's own pickles that, through a store on one more port."""
-
-    def broadcast_obj(self: Any, obj: Any, src: int) -> Any:  # noqa: ANN401
-        if src == place:
-            store.set("id", bytes(obj).hex())
-            return obj
-        return type(obj).from_buffer_copy(bytes.fromhex(store.get("id").decode()))
-
-    # Not made by its own constructor, whose fields differ between versions.
-    group: Any = object.__new__(type("StoreGroup", (base,), {"broadcast_obj": broadcast_obj}))
-    group.rank, group.world_size = place, size
-    return group
-
-
-def _npu_with_ports() -> Any:  # noqa: ANN401 - torch.npu has no types
+def npu_with_ports() -> Any:  # noqa: ANN401 - torch.npu has no types
     """`torch.npu`, and a warning where hccl's ports may be the engine's."""
     from ckpt_engine.devices.npu import load
     from ckpt_engine.devices.npu_environment import port_problem
@@ -295,8 +232,6 @@ def make_group(
         return NcclCollectives(store, name, place, size, device_index, deadline, poll)
     if kind == "hccl":
         return HcclCollectives(store, name, place, size, device_index, deadline, poll)
-    if kind == "vllm_hccl":
-        return VllmHcclCollectives(store, name, place, size, device_index, deadline, poll)
     if kind.startswith("vllm_"):
         from ckpt_engine.transport.vllm_groups import make_vllm_group
 
@@ -304,7 +239,7 @@ def make_group(
     return GlooCollectives(store, name, place, size, deadline, poll)
 
 
-def _own(store: Store, prefix: str) -> Store:
+def own_part(store: Store, prefix: str) -> Store:
     """The group's part of the store through a connection of its own: a client serves one call at a time, and
     a group that is never completed waits in one."""
     return PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
@@ -317,7 +252,11 @@ def _options(root: int) -> dist.BroadcastOptions:
     return options
 
 
-def _in_thread(make: Callable[[], _G], deadline: Deadline, poll: Poll) -> _G:
+def forming_timeout(deadline: Deadline) -> timedelta:
+    return timedelta(seconds=max(1.0, min(FORMING_SECONDS, deadline.remaining)))
+
+
+def form_in_thread(make: Callable[[], _G], deadline: Deadline, poll: Poll) -> _G:
     """Makes a group in a thread: making it waits for every member, and cannot be interrupted.
 
     After an abort the thread stays behind until torch's own timeout ends it.
@@ -341,7 +280,7 @@ def _in_thread(make: Callable[[], _G], deadline: Deadline, poll: Poll) -> _G:
     if failed and isinstance(failed[0], ConfigError):
         raise failed[0]
     if failed:
-        raise _broken("the ranks could not form a group", failed[0]) from failed[0]
+        raise broken("the ranks could not form a group", failed[0]) from failed[0]
     return made[0]
 
 
@@ -349,5 +288,5 @@ def _late(message: str) -> UpdateTimeout:
     return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))
 
 
-def _broken(what: str, error: Exception) -> PeerLost:
+def broken(what: str, error: Exception) -> PeerLost:
     return PeerLost(ErrorRecord(error_type="PeerLost", message=f"{what}: {str(error).splitlines()[0]}"))

@@ -1,17 +1,20 @@
-"""vLLM's stateless groups as collectives: `--custom-dist vllm_nccl` and `vllm_gloo`.
+"""vLLM's stateless groups as collectives: `--custom-dist vllm_nccl`, `vllm_gloo`, `vllm_hccl`.
 
-vLLM's own code makes them, on a store of their own and apart from torch's default group: for processes that
-want the communicators (and the nccl library) that vLLM itself uses. A group of some ranks only
-(`update(ranks=...)`) is a group of those members alone.
+vLLM's own code, or vllm-ascend's, makes them, on a store of their own and apart from torch's default group:
+for processes that want the communicators (and the libraries) that the engine itself uses. A group of some
+ranks only (`update(ranks=...)`) is a group of those members alone.
 
-vLLM's StatelessProcessGroup pickles what it sends. All that is sent here is an nccl id, as its bytes.
+vLLM's StatelessProcessGroup pickles what it sends. All that is sent here is a communicator's id, as bytes.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
+import threading
 from datetime import timedelta
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._C._distributed_c10d import Store
@@ -20,59 +23,92 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import Device
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.transport.collectives import (
+    CLOSE_SECONDS,
     FORMING_SECONDS,
+    Collectives,
+    DeviceGroup,
     GlooCollectives,
     Poll,
-    _broken,
-    _in_thread,
-    _own,
+    form_in_thread,
+    forming_timeout,
+    npu_with_ports,
+    own_part,
 )
 
-_ID_KEY = "nccl-id"
+logger = logging.getLogger(__name__)
 
 
-class VllmNcclCollectives:
+class VllmNcclCollectives(DeviceGroup):
     """vLLM's PyNcclCommunicator: one CUDA device for each member."""
 
-    def __init__(
-        self,
-        store: Store,
-        prefix: str,
-        place: int,
-        size: int,
-        device_index: int,
-        deadline: Deadline,
-        poll: Poll,
-    ) -> None:
-        own = _own(store, prefix)
+    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+
         # A member that is lost before it has told the id ends the others' wait for it.
-        own.set_timeout(_forming(deadline))
+        store.set_timeout(min(timeout, timedelta(seconds=FORMING_SECONDS)))
+        device = torch.device("cuda", self._index)
+        torch.cuda.set_device(device)
+        communicator = PyNcclCommunicator(id_only_group(StatelessProcessGroup, store, place, size), device)
+        if communicator.disabled:
+            raise RuntimeError("vLLM found no nccl library, or VLLM_DISABLE_PYNCCL is set")
+        made: object = communicator
+        return made
 
-        def make() -> Any:  # noqa: ANN401 - vLLM's communicator
-            from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    def _enqueue(self, tensor: torch.Tensor, root: int) -> None:
+        self._group.broadcast(tensor, root, torch.cuda.current_stream(tensor.device))
 
-            device = torch.device("cuda", device_index)
-            torch.cuda.set_device(device)
-            communicator = PyNcclCommunicator(id_only_group(own, place, size), device)
-            if communicator.disabled:
-                raise RuntimeError("vLLM found no nccl library, or VLLM_DISABLE_PYNCCL is set")
-            return communicator
+    def _end(self, group: Any) -> None:  # noqa: ANN401
+        # Aborts: releases kernels that wait for a member that will never come.
+        group.destroy()
 
-        self._communicator: Any = _in_thread(make, deadline, poll)
 
-    def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
-        assert self._communicator is not None
-        poll()
+class VllmHcclCollectives(DeviceGroup):
+    """hccl through vllm-ascend's own communicator: nothing of torch.distributed's but our store.
+
+    It cannot be aborted: a broadcast whose root is gone ends at HCCL_EXEC_TIMEOUT: NpuDevice wants it set.
+    """
+
+    def _form(self, store: Store, place: int, size: int, timeout: timedelta) -> object:
+        npu = npu_with_ports()
         try:
-            self._communicator.broadcast(tensor, root, torch.cuda.current_stream(tensor.device))
-        except RuntimeError as error:
-            raise _broken("a broadcast could not be enqueued", error) from error
+            kind = importlib.import_module("vllm_ascend.distributed.device_communicators.pyhccl")
+            stateless = importlib.import_module("vllm.distributed.utils").StatelessProcessGroup
+        except ImportError as error:
+            raise ConfigError(
+                f"CKPT_ENGINE_CUSTOM_DIST=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
+            ) from error
+        npu.set_device(self._index)
+        group = id_only_group(stateless, store, place, size)
+        made = kind.PyHcclCommunicator(group, torch.device("npu", self._index))
+        if made.disabled:
+            # Its broadcasts would do nothing, in silence.
+            raise ConfigError("vllm-ascend cannot load hccl's library: set HCCL_SO_PATH")
+        found: object = made
+        return found
 
-    def close(self) -> None:
-        communicator, self._communicator = self._communicator, None
-        if communicator is not None:
-            # Aborts: releases kernels that wait for a member that will never come.
-            communicator.destroy()
+    def _enqueue(self, tensor: torch.Tensor, root: int) -> None:
+        stream = cast(Any, torch).npu.current_stream(self._index)
+        # Without a stream it takes the one that was current when vllm-ascend first asked.
+        self._group.broadcast(tensor, root, stream=stream)
+
+    def _end(self, group: Any) -> None:  # noqa: ANN401
+        # Ending it waits for what is enqueued; the process must not wait with it.
+        thread = threading.Thread(
+            target=_end_communicator, args=(group,), name="ckpt-engine-group-end", daemon=True
+        )
+        thread.start()
+        thread.join(CLOSE_SECONDS)
+
+
+def _end_communicator(communicator: Any) -> None:  # noqa: ANN401
+    try:
+        if hasattr(communicator, "close"):
+            communicator.close()
+        else:  # vllm-ascend up to 0.23
+            communicator.hccl.hcclCommDestroy(communicator.comm)
+    except RuntimeError as error:
+        logger.warning("hccl, while a communicator ended: %s", error)
 
 
 class VllmGlooCollectives(GlooCollectives):
@@ -81,12 +117,14 @@ class VllmGlooCollectives(GlooCollectives):
     def __init__(
         self, store: Store, prefix: str, place: int, size: int, deadline: Deadline, poll: Poll
     ) -> None:
+        timeout = forming_timeout(deadline)
+
         def make() -> Any:  # noqa: ANN401 - vLLM has no types here
             from vllm.distributed.utils import init_gloo_process_group
 
-            return init_gloo_process_group(_own(store, prefix), place, size, _forming(deadline))
+            return init_gloo_process_group(own_part(store, prefix), place, size, timeout)
 
-        self._group = _in_thread(make, deadline, poll)
+        self._group = form_in_thread(make, deadline, poll)
 
 
 def check_custom_dist(kind: str, device: Device) -> None:
@@ -106,29 +144,28 @@ def make_vllm_group(
     device_index: int,
     deadline: Deadline,
     poll: Poll,
-) -> VllmNcclCollectives | VllmGlooCollectives:
-    """As `collectives.make_group`, for the kinds `vllm_nccl` and `vllm_gloo`."""
+) -> Collectives:
+    """As `collectives.make_group`, for the kinds `vllm_nccl`, `vllm_hccl` and `vllm_gloo`."""
     if kind == "vllm_nccl":
         return VllmNcclCollectives(store, name, place, size, device_index, deadline, poll)
+    if kind == "vllm_hccl":
+        return VllmHcclCollectives(store, name, place, size, device_index, deadline, poll)
     if kind == "vllm_gloo":
         return VllmGlooCollectives(store, name, place, size, deadline, poll)
-    raise ConfigError(f"{kind!r}: of vLLM's groups there are vllm_nccl and vllm_gloo")
+    raise ConfigError(f"{kind!r}: of vLLM's groups there are vllm_nccl, vllm_hccl and vllm_gloo")
 
 
-def id_only_group(store: Store, place: int, size: int) -> Any:  # noqa: ANN401 - vLLM's group
-    """A StatelessProcessGroup that does just what PyNcclCommunicator asks of it: to pass on an id."""
-    from vllm.distributed.utils import StatelessProcessGroup
+def id_only_group(base: Any, store: Store, place: int, size: int) -> Any:  # noqa: ANN401 - vLLM's group
+    """What the communicators ask of a StatelessProcessGroup: two numbers, and a way to hand on an id (a
+    ctypes structure, an empty one on members other than `src`). vLLM's own pickles it, on one more port."""
 
-    class IdOnlyGroup(StatelessProcessGroup):  # type: ignore[misc]  # vLLM has no types here
-        def broadcast_obj(self, obj: Any, src: int) -> Any:  # noqa: ANN401
-            """`obj`: a ctypes structure, an empty one on members other than `src`."""
-            if self.rank == src:
-                self.store.set(_ID_KEY, bytes(obj))
-                return obj
-            return type(obj).from_buffer_copy(self.store.get(_ID_KEY))
+    def broadcast_obj(self: Any, obj: Any, src: int) -> Any:  # noqa: ANN401
+        if src == place:
+            store.set("id", bytes(obj))  # type: ignore[arg-type]  # torch takes bytes, too
+            return obj
+        return type(obj).from_buffer_copy(store.get("id"))
 
-    return IdOnlyGroup(rank=place, world_size=size, store=store)
-
-
-def _forming(deadline: Deadline) -> timedelta:
-    return timedelta(seconds=max(1.0, min(FORMING_SECONDS, deadline.remaining)))
+    # Not made by its own constructor, whose fields differ between versions.
+    group: Any = object.__new__(type("StoreGroup", (base,), {"broadcast_obj": broadcast_obj}))
+    group.rank, group.world_size = place, size
+    return group

@@ -73,7 +73,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
 
 def test_worker_imports_little(tmp_path: Path) -> None:
     out = run_python(
-        "import sys, ckpt_engine.ipc.receiver\n"
+        "import sys, ckpt_engine.ipc.receiver, ckpt_engine.loading.completeness\n"
         f"print([name for name in {HEAVY} if name in sys.modules])\n"
         "print([name for name in sys.modules if name.startswith('ckpt_engine.')])",
         tmp_path,

@@ -12,10 +12,10 @@ slot that is overwritten when `load` returns.
 from __future__ import annotations
 
 import importlib.util
-from contextlib import ExitStack
 from typing import Any
 
 import torch
+from ckpt_engine_vllm.layerwise import abandon_layerwise_reload, some_of_a_drafter
 
 _LAYERWISE = "vllm.model_executor.model_loader.reload"
 
@@ -70,7 +70,7 @@ class Reload:
             initialize_layerwise_reload(self._model)
 
     def load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        with torch.no_grad(), _some_of_a_drafter():
+        with torch.no_grad(), some_of_a_drafter():
             copies = ((name, tensor.clone()) for name, tensor in tensors)
             self._model.load_weights(copies)  # type: ignore[operator]
 
@@ -88,29 +88,8 @@ class Reload:
         self._active = False
 
     def abandon(self) -> None:
-        """Puts layers that are not complete back as they were: the model can run, with some old weights and
-        some new. Does nothing before `begin` and after `finish`."""
-        if not (self._active and self._layerwise):
-            return
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-        for module in self._model.modules():
-            info = get_layerwise_info(module)
-            # A layer that nothing was loaded into gets its old tensors back.
-            info.loaded_weights.clear()
-            info.load_numel = 0
-        with torch.no_grad():
-            finalize_layerwise_reload(self._model, self._model_config)
-        self._active = False
-
-
-def _some_of_a_drafter() -> ExitStack:
-    """MTP drafters complain when one call of load_weights has not all of their tensors."""
-    stack = ExitStack()
-    try:
-        from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-    except ImportError:
-        return stack
-    stack.enter_context(disable_mtp_completeness_check())
-    return stack
+        """Puts layers that are not complete back as they were. Does nothing before `begin` and after
+        `finish`."""
+        if self._active and self._layerwise:
+            abandon_layerwise_reload(self._model, self._model_config)
+            self._active = False

@@ -9,13 +9,13 @@ leave the other replies queued, so that every later call gets the answers of the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import zmq
+from ckpt_engine_vllm.layerwise import abandon_all
 
-from ckpt_engine.errors import ConfigError, ErrorRecord
+from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
 from ckpt_engine_ascend.identity import device_uuid
@@ -128,16 +128,4 @@ class _Update:
         if status["outcome"] == "committed":
             setattr(self._worker, _STATE, ("committed", status["version"]))
             return
-        with ExitStack() as ending:  # Each, whatever the others raise.
-            for reload in self._reloads:
-                ending.callback(self._abandon, reload, status)
-
-    @staticmethod
-    def _abandon(reload: Reload, status: dict[str, Any]) -> None:
-        try:
-            reload.abandon()
-        except Exception as error:  # noqa: BLE001 - the update's own error must not be lost
-            status["error"] += (
-                "; and then the model could not be put back together, restart the engine: "
-                + ErrorRecord.from_exception(error).message
-            )
+        abandon_all(self._reloads, status)

@@ -9,8 +9,10 @@ import torch
 
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
-from ckpt_engine_sglang.completeness import Rules, check_complete
-from ckpt_engine_sglang.rehearsal import NotRehearsable, Recording, named_parameters, rehearse
+from ckpt_engine.loading.completeness import Rules, check_complete, parameters_in
+from ckpt_engine.loading.recording import Recording
+from ckpt_engine.loading.rehearsal import NotRehearsable, named_parameters, rehearse
+from ckpt_engine_sglang.leniency import filled_well_enough
 
 NamedTensors = list[tuple[str, torch.Tensor]]
 _LOADING = ("restore_weights_before_loading", "load_weights_only", "postprocess_weights")
@@ -74,7 +76,7 @@ class Model:
             return
         try:
             with self._default_dtype():
-                self.recording = rehearse(self._model, tensors)
+                self.recording = rehearse(self._model, [tensors])
         except NotRehearsable:
             self.recording = None
 
@@ -92,12 +94,7 @@ class Model:
         """Embeddings, whose loader checks shapes itself."""
         from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-        return [
-            f"{name}.{parameter}" if name else parameter
-            for name, module in self._model.named_modules()
-            if isinstance(module, VocabParallelEmbedding)
-            for parameter in module._parameters
-        ]
+        return parameters_in(self._model, VocabParallelEmbedding)
 
     # The load
 
@@ -130,7 +127,7 @@ class Model:
 
     def check_complete(self, rules: Rules) -> None:
         assert self.recording is not None
-        check_complete(self.recording, self.quantized_parameters(), rules)
+        check_complete(self.recording, rules, filled_well_enough(self.recording, self.quantized_parameters()))
 
     def give_up(self) -> None:
         """After a failure: what was restored for loading must be what the forward pass expects again."""

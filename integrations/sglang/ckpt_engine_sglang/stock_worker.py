@@ -18,8 +18,9 @@ import zmq
 from ckpt_engine.compat.checkpoint_engine import worker
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import Run
-from ckpt_engine_sglang.completeness import Rules, check_complete, check_names
-from ckpt_engine_sglang.rehearsal import NotRehearsable, rehearse
+from ckpt_engine.loading.completeness import Rules, check_complete, check_names
+from ckpt_engine.loading.rehearsal import NotRehearsable, rehearse
+from ckpt_engine_sglang.leniency import passed_over
 
 __all__ = ["update_weights_from_ipc"]
 
@@ -62,7 +63,7 @@ def check(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(next((each.dtype for each in model.parameters()), before))
     try:
-        recording = rehearse(model, tensors)
+        recording = rehearse(model, [tensors])
     except NotRehearsable:
         logger.warning("the model cannot be asked without values: its update's tensors are not checked")
         return
@@ -70,6 +71,7 @@ def check(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> None:
         torch.set_default_dtype(before)
     text = getattr(model, "config", None)
     # Other ranks may hold the layers and experts that this one passes over.
-    rules = Rules(shares=True, tied=bool(getattr(text, "tie_word_embeddings", False)))
-    check_names(tensors, [recording], rules)
-    check_complete(recording, (), rules)
+    tied = bool(getattr(text, "tie_word_embeddings", False))
+    rules = Rules(shares=True, passed_over=passed_over(tied=tied, shares=True))
+    check_names(tensors, recording.taken, rules)
+    check_complete(recording, rules)

@@ -18,8 +18,10 @@ import zmq
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import refuse_update, serve_update
-from ckpt_engine_sglang.completeness import Rules, check_names, check_shapes
+from ckpt_engine.loading.completeness import Rules, check_names, check_shapes
+from ckpt_engine.loading.recording import Recording
 from ckpt_engine_sglang.device_identity import device_of
+from ckpt_engine_sglang.leniency import passed_over
 from ckpt_engine_sglang.models import Model, NamedTensors
 
 logger = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ class WorkerUpdate:
             model.rehearse(tensors)
         known = [model.recording for model in self._models if model.recording is not None]
         if len(known) == len(self._models):
-            check_names(tensors, known, self._rules)
+            self._check_names(tensors, known)
         for model in self._models:
             if model.recording is not None:
                 check_shapes(tensors, model.recording, model.padded_parameters(), self._rules)
@@ -131,9 +133,7 @@ class WorkerUpdate:
     def _finish(self) -> None:
         for model in self._models:
             model.finish(self._rules)
-        check_names(
-            self._layouts, [model.recording for model in self._models if model.recording], self._rules
-        )
+        self._check_names(self._layouts, [model.recording for model in self._models if model.recording])
 
     # Before
 
@@ -152,13 +152,14 @@ class WorkerUpdate:
         config = self._manager.tp_worker.model_runner.model_config
         text = getattr(config, "hf_text_config", config.hf_config)
         layers = getattr(text, "num_hidden_layers", 0)
+        shares = parallel.pp_size > 1 or getattr(parallel, "ep_size", 1) > 1
         return Rules(
             partial=partial,
             ignored=ignored,
             parallel_size=parallel.tp_size,
-            shares=parallel.pp_size > 1 or getattr(parallel, "ep_size", 1) > 1,
+            shares=shares,
             drafter_layers=range(layers, layers + (getattr(text, "num_nextn_predict_layers", 0) or 0)),
-            tied=bool(getattr(text, "tie_word_embeddings", False)),
+            passed_over=passed_over(tied=bool(getattr(text, "tie_word_embeddings", False)), shares=shares),
         )
 
     def _refuse_busy(self) -> None:
@@ -169,6 +170,10 @@ class WorkerUpdate:
                 "requests are running or queued, so that SGLang cannot flush its caches: finish or retract "
                 "them (pause_generation with mode abort or retract), or update with flush_cache false"
             )
+
+    def _check_names(self, tensors: Sequence[TensorLayout], recordings: Sequence[Recording]) -> None:
+        taken = set[str]().union(*(recording.taken for recording in recordings))
+        check_names(tensors, taken, self._rules)
 
     def _keep_together(self, names: frozenset[str]) -> None:
         for other in [self._company[name] for name in names if name in self._company]:

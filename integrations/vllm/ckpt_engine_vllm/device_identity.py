@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 from ckpt_engine.devices import cpu_uuid
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.settings import load_settings
+
+
+def on_npu(worker: Any) -> bool:  # noqa: ANN401 - vLLM's Worker
+    """Whether it is vllm-ascend's; up to 0.11 that says nothing of its device."""
+    device = getattr(worker, "device", None)
+    return find_spec("torch_npu") is not None if device is None else bool(device.type == "npu")
 
 
 def device_of(worker: Any) -> tuple[str, int | None]:  # noqa: ANN401 - vLLM's Worker
@@ -25,5 +32,5 @@ def device_of(worker: Any) -> tuple[str, int | None]:  # noqa: ANN401 - vLLM's W
 
         index = worker.device.index if worker.device.index is not None else worker.local_rank
         return cuda_uuid(load_settings(), index), index
-    remedy = ": use ckpt_engine_ascend's worker extension" if kind == "npu" else ""
-    raise ConfigError(f"this extension updates vLLM on CUDA and CPU, not on {kind!r}{remedy}")
+    remedy = ": use the worker extension" if kind == "npu" else ""
+    raise ConfigError(f"this way updates vLLM on CUDA and CPU, not on {kind!r}{remedy}")

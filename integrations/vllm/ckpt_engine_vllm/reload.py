@@ -17,22 +17,23 @@ from typing import Any
 
 import torch
 
+from ckpt_engine.loading.recording import Recording
 from ckpt_engine_vllm import moe
-from ckpt_engine_vllm.rehearsal import Rehearsal, some_of_a_drafter
+from ckpt_engine_vllm.layerwise import abandon_layerwise_reload, some_of_a_drafter
 
 
 class Reload:
     """From `begin` on the model must not run, until `finish` or `abandon` has returned."""
 
-    def __init__(self, model: torch.nn.Module, model_config: Any, rehearsal: Rehearsal) -> None:  # noqa: ANN401
+    def __init__(self, model: torch.nn.Module, model_config: Any, recording: Recording) -> None:  # noqa: ANN401
         self.model = model
         self.kept_nbytes = 0
         """Bytes copied because they were held beyond their bucket."""
-        self.tensor_count = sum(1 for numel in rehearsal.read.values() if numel)
+        self.tensor_count = len(recording.taken)
         """Tensors of the update that this model takes."""
         self._model_config = model_config
-        self._names = {name for name, numel in rehearsal.read.items() if numel}
-        self._filled = {name for name, written in rehearsal.parameters.items() if written.regions}
+        self._names = recording.taken
+        self._filled = {name for name, written in recording.parameters.items() if written.regions}
         # Before any model's `begin`: models may share modules, such as vLLM's rotary tables.
         self._addresses = _addresses(model)
         self._active = False
@@ -73,21 +74,10 @@ class Reload:
             raise RuntimeError(f"the reload moved {', '.join(changed[:8])}: restart the engine")
 
     def abandon(self) -> None:
-        """Puts the layers that are not complete back as they were: the model can run, with some old weights
-        and some new. Does nothing after `finish`."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-        if not self._active:
-            return
-        for module in self.model.modules():
-            info = get_layerwise_info(module)
-            # A layer that nothing was loaded into gets its old tensors back.
-            info.loaded_weights.clear()
-            info.load_numel = 0
-        with torch.no_grad():
-            finalize_layerwise_reload(self.model, self._model_config)
-        self._active = False
+        """Puts the layers that are not complete back as they were. Does nothing after `finish`."""
+        if self._active:
+            abandon_layerwise_reload(self.model, self._model_config)
+            self._active = False
 
     def _copy_held(self, storages: set[int]) -> None:
         """Copies the tensors of these storages that layers wait with. Each one once."""

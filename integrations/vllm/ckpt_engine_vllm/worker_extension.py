@@ -11,7 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckpt_engine.errors import ConfigError, ErrorRecord
+from ckpt_engine_vllm.device_identity import on_npu
 from ckpt_engine_vllm.worker_update import WorkerUpdate, refused
+
+Handles = Mapping[str, str] | Sequence[Sequence[str]]
+"""`{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks."""
 
 
 class VllmColocateWorkerExtension:
@@ -19,7 +23,7 @@ class VllmColocateWorkerExtension:
 
     def update_weights_from_ipc(
         self,
-        zmq_handles: Mapping[str, str] | Sequence[Sequence[str]] = (),
+        zmq_handles: Handles = (),
         partial: bool = False,
         ignored: Sequence[str] = (),
         *unexpected: object,
@@ -36,11 +40,13 @@ class VllmColocateWorkerExtension:
 
         Returns:
             This worker's status (`ipc.receiver.serve_update`), with its `rank`, and with `kept_bytes`: what
-            it had to copy because a layer was not complete with its bucket.
+            it had to copy because a layer was not complete with its bucket (not on NPUs).
         """
         try:
             if unexpected or unknown:
                 raise ConfigError(f"update_weights_from_ipc takes no arguments {[*unexpected, *unknown]}")
+            if on_npu(self):
+                return _update_on_npu(self, zmq_handles, partial=partial, ignored=tuple(ignored))
             return WorkerUpdate(self, partial=partial, ignored=tuple(ignored)).serve(zmq_handles)
         except Exception as error:  # noqa: BLE001 - see the module's docstring
             return refused(zmq_handles, error) | {"rank": getattr(self, "rank", None)}
@@ -49,6 +55,22 @@ class VllmColocateWorkerExtension:
         """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, and
         `last`: the status of the last update."""
         try:
+            if on_npu(self):
+                from ckpt_engine_ascend.worker_extension import worker_status
+
+                return worker_status(self)
             return WorkerUpdate.status_of(self)
         except Exception as error:  # noqa: BLE001 - see the module's docstring
             return {"weights": "unknown", "error": ErrorRecord.from_exception(error).describe()}
+
+
+def _update_on_npu(
+    worker: object, zmq_handles: Handles, *, partial: bool, ignored: tuple[str, ...]
+) -> dict[str, Any]:
+    from ckpt_engine_ascend.worker_extension import update_worker
+
+    if partial or ignored:
+        raise ConfigError(
+            "`partial` and `ignored` are not for NPUs in this version: send the whole checkpoint"
+        )
+    return update_worker(worker, zmq_handles)

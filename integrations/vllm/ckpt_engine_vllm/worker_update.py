@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -10,15 +11,18 @@ from weakref import WeakKeyDictionary
 import torch
 import zmq
 
-from ckpt_engine.errors import ConfigError, ErrorRecord
+from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
+from ckpt_engine.loading.completeness import Rules, check_complete, check_names, check_shapes, parameters_in
+from ckpt_engine.loading.recording import Recording
+from ckpt_engine.loading.rehearsal import named_parameters
 from ckpt_engine_vllm import moe
-from ckpt_engine_vllm.completeness import Rules, check_complete, check_names, check_shapes
 from ckpt_engine_vllm.device_identity import device_of
+from ckpt_engine_vllm.layerwise import abandon_all
 from ckpt_engine_vllm.parts import Part, parts_of
 from ckpt_engine_vllm.refusals import refuse_old_vllm, refuse_unsupported
-from ckpt_engine_vllm.rehearsal import Rehearsal, rehearse
+from ckpt_engine_vllm.rehearsal import rehearse
 from ckpt_engine_vllm.reload import Reload
 
 
@@ -28,7 +32,7 @@ class WorkerState:
     def __init__(self) -> None:
         self.weights = "initial"
         self.version: str | None = None
-        self.rehearsed: tuple[object, dict[str, Rehearsal]] | None = None
+        self.rehearsed: tuple[object, dict[str, Recording]] | None = None
         """The last update's tensors and rules, and what came of them: the next one's are mostly the same."""
         self.last: dict[str, Any] | None = None
         """The last update's status."""
@@ -114,15 +118,16 @@ class WorkerUpdate:
         refuse_unsupported(config)
         if self._partial and self._state.weights == "incomplete":
             raise ConfigError("the weights are incomplete since an update failed: send a full update first")
+        layers = getattr(config.model_config.hf_text_config, "num_hidden_layers", sys.maxsize)
         rules = Rules(
             partial=self._partial,
             ignored=self._ignored,
             parallel_size=config.parallel_config.tensor_parallel_size,
             shares=config.parallel_config.pipeline_parallel_size > 1
             or config.parallel_config.enable_expert_parallel,
-            layer_count=getattr(config.model_config.hf_text_config, "num_hidden_layers", None),
+            drafter_layers=range(layers, sys.maxsize),
         )
-        tensors = rules.wanted(tensors)
+        tensors = [tensor for tensor in tensors if not rules.ignores(tensor.name)]
         parts = parts_of(self._worker)
         for part in parts:
             moe.refuse_unknown_packing(part.model)
@@ -156,49 +161,43 @@ class WorkerUpdate:
             return
         if status["touched"]:
             self._state.weights = "incomplete"
-        try:
-            for _, reload in self._parts:
-                reload.abandon()
-        except Exception as error:  # noqa: BLE001 - the update's own error must not be lost
-            status["error"] += (
-                "; and then the model could not be put back together, restart the engine: "
-                + ErrorRecord.from_exception(error).message
-            )
+        abandon_all([reload for _, reload in self._parts], status)
 
 
 def _rehearse_all(
     parts: Sequence[Part], tensors: Sequence[TensorLayout], rules: Rules
-) -> dict[str, Rehearsal]:
+) -> dict[str, Recording]:
     """What each model would do. Raises WeightsMismatch unless together they take all, and get all."""
-    rehearsals = {part.name: rehearse(part.model, part.layouts(tensors)) for part in parts}
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    recordings = {part.name: rehearse(part.model, part.layouts(tensors)) for part in parts}
+    taken = {name: recording.taken for name, recording in recordings.items()}
     read = {
-        tensor.name
-        for part in parts
-        for tensor in tensors
-        if rehearsals[part.name].read.get(part.own_name(tensor.name) or "", 0)
+        tensor.name for part in parts for tensor in tensors if part.own_name(tensor.name) in taken[part.name]
     }
     check_names(tensors, read, rules)
     filled: set[int] = set()
     for part in parts:
-        rehearsal = rehearsals[part.name]
-        layouts = part.layouts(tensors)
-        check_shapes(layouts, rehearsal, _padded_parameters(part.model), rules)
-        if part.name == "model" or any(rehearsal.read.values()):
-            check_complete(part.model, layouts, rehearsal, rules, filled)
+        recording = recordings[part.name]
+        padded = parameters_in(part.model, VocabParallelEmbedding)
+        check_shapes(part.layouts(tensors), recording, padded, rules)
+        if part.name == "model" or taken[part.name]:
+            packed = getattr(part.model, "packed_modules_mapping", {})
+            check_complete(recording, rules, _filled_elsewhere(part.model, recording, filled), packed)
         parameters = part.model.named_parameters(remove_duplicate=False)
-        filled |= {id(parameter) for name, parameter in parameters if name in rehearsal.parameters}
-    return rehearsals
+        filled |= {id(parameter) for name, parameter in parameters if name in recording.parameters}
+    return recordings
 
 
-def _padded_parameters(model: torch.nn.Module) -> list[str]:
-    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-    return [
-        f"{name}.{parameter}" if name else parameter
-        for name, module in model.named_modules()
-        if isinstance(module, VocabParallelEmbedding)
-        for parameter in module._parameters
-    ]
+def _filled_elsewhere(model: torch.nn.Module, recording: Recording, filled: set[int]) -> set[str]:
+    """Names of parameters that are filled under another name, or (`filled`: their ids) by another model."""
+    parameters = named_parameters(model)
+    here = {
+        id(parameters[name])
+        for name, written in recording.parameters.items()
+        if written.complete and name in parameters
+    }
+    return {name for name, parameter in parameters.items() if id(parameter) in here | filled}
 
 
 def _state_of(worker: Any) -> WorkerState:  # noqa: ANN401

@@ -15,6 +15,8 @@ from ckpt_engine_ascend import NpuColocateWorkerExtension, refusals, reload
 from ckpt_engine_ascend.refusals import refuse_unsupported
 from ckpt_engine_ascend.reload import Reload, models_of
 from ckpt_engine_ascend.worker_extension import device_index, update_worker
+from ckpt_engine_vllm import VllmColocateWorkerExtension
+from ckpt_engine_vllm.device_identity import on_npu
 from vllm.config import set_current_vllm_config
 
 from ckpt_engine.devices.npu import load as load_npu
@@ -80,6 +82,20 @@ def test_no_exception_leaves_the_worker() -> None:
         assert status["outcome"] == "failed"
         assert status["rank"] == 4
         assert not status["touched"]
+
+
+def test_the_extension_for_all_devices_knows_an_npu() -> None:
+    for device, expected in ((None, True), (DEVICE, True), (torch.device("cpu"), False)):
+        assert on_npu(SimpleNamespace(device=device)) is expected
+
+
+def test_what_an_npu_cannot_do_is_refused_in_a_status() -> None:
+    worker = VllmColocateWorkerExtension()
+    for options in ({"partial": True}, {"ignored": ["x.*"]}):
+        status = worker.update_weights_from_ipc([], **options)  # type: ignore[arg-type]
+        assert "not for NPUs" in status["error"]
+        assert status["outcome"] == "failed"
+    assert worker.ckpt_engine_status() == {"rank": None, "weights": "initial", "version": None}
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from ckpt_engine_ascend import NpuColocateWorkerExtension, identity
+from ckpt_engine_vllm import VllmColocateWorkerExtension
 
 from ckpt_engine.devices.npu import load as load_npu
 from tests.support.worker import digest
@@ -46,6 +47,10 @@ class Worker(WorkerBase, NpuColocateWorkerExtension):
     """As vLLM's executor makes it."""
 
 
+class VllmWorker(WorkerBase, VllmColocateWorkerExtension):
+    """The same with the extension for all of vLLM's devices."""
+
+
 def act(fault: dict[str, Any], seen: int) -> None:
     if fault.get("kind") == "run" and fault["bucket"] == seen:
         if fault["action"] == "exit":
@@ -57,7 +62,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if "TEST_SAMPLE_PID" in os.environ:
         os.environ[f"FAKE_PID__{os.environ['TEST_SAMPLE_PID']}"] = str(os.getpid())
-    worker = Worker(int(os.environ["TEST_INDEX"]))
+    kind = VllmWorker if os.environ.get("TEST_EXTENSION") == "vllm" else Worker
+    worker = kind(int(os.environ["TEST_INDEX"]))
     load_weights = worker.model.load_weights
     places = worker.model.places()
     sys.stdout.write(json.dumps({"pid": os.getpid()}) + "\n")

@@ -12,6 +12,7 @@ import pytest
 from ckpt_engine_ascend import IdentityError, device_uuid, identity
 from ckpt_engine_ascend.npu_smi import NpuSmi
 
+from ckpt_engine.compat.checkpoint_engine.device_utils import npu_generate_uuid
 from ckpt_engine.errors import ConfigError
 from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP
 
@@ -105,6 +106,11 @@ def test_an_error_with_the_output_and_the_way_out(
         device_uuid(index)
     for text in (*says, f"pid {os.getpid()}", "CKPT_ENGINE_DEVICE_UUID"):
         assert text in str(raised.value)
+
+
+def test_what_sglang_asks_is_the_same_key(scenario: Callable[..., None]) -> None:
+    scenario("a3_container_npu2", 845)
+    assert f"NPU-{npu_generate_uuid()}" == device_uuid(None) == f"NPU-{IP}-5"
 
 
 def test_both_sides_agree_whichever_way_they_went(scenario: Callable[..., None]) -> None:

@@ -52,11 +52,12 @@ def make_checkpoint(directory: Path, seed: int) -> dict[str, str]:
 WORLDS: dict[str, dict[str, str]] = {
     # NPUs of their own, named by logic ids, since npu-smi shows the host's pids; hccl between them.
     "two": {"FAKE_NPU_SMI_SCENARIO": "a2_privileged_hostpid"},
-    # The same, through vllm-ascend's communicator.
+    # The same, through vllm-ascend's communicator and the extension for all of vLLM's devices.
     "stateless": {
         "FAKE_NPU_SMI_SCENARIO": "a2_privileged_hostpid",
         "CKPT_ENGINE_CUSTOM_DIST": "vllm_hccl",
         "HCCL_EXEC_TIMEOUT": "2",
+        "TEST_EXTENSION": "vllm",
     },
     # One NPU for both: gloo through host memory; keys by environment.
     "shared": {"FAKE_NPU_SMI_SCENARIO": "dcmi_fail", "FAKE_NPU_COUNT": "1", "TEST_SHARED_NPU": "1"},
@@ -66,6 +67,7 @@ WORLDS: dict[str, dict[str, str]] = {
         "FAKE_NPU_COUNT": "1",
         "TEST_SAMPLE_PID": "812",
         "TEST_WORKER_DEVICE": "1",
+        "TEST_EXTENSION": "vllm",
     },
 }
 

@@ -88,13 +88,14 @@ def test_a_member_that_leaves_a_broadcast_releases_the_others(store: TCPStore) -
 def test_an_nccl_id_goes_as_its_bytes(store: TCPStore) -> None:
     """What vLLM's communicator asks of its group, and all of it; nothing is pickled."""
     from vllm.distributed.device_communicators.pynccl_wrapper import ncclUniqueId
+    from vllm.distributed.utils import StatelessProcessGroup
 
     own = PrefixStore("ids", store)
     sent = ncclUniqueId.from_buffer_copy(bytes(range(ctypes.sizeof(ncclUniqueId))))
-    assert id_only_group(own, 0, 2).broadcast_obj(sent, src=0) is sent
-    received = id_only_group(own, 1, 2).broadcast_obj(ncclUniqueId(), src=0)
+    assert id_only_group(StatelessProcessGroup, own, 0, 2).broadcast_obj(sent, src=0) is sent
+    received = id_only_group(StatelessProcessGroup, own, 1, 2).broadcast_obj(ncclUniqueId(), src=0)
     assert isinstance(received, ncclUniqueId)
-    assert bytes(received) == bytes(sent) == own.get("nccl-id")
+    assert bytes(received) == bytes(sent) == own.get("id")
 
 
 def test_updates_of_processes_that_own_the_default_group(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from ckpt_engine.errors import UpdateError
+from ckpt_engine.metadata import align_up
+from ckpt_engine.planning.layers import layer_of
 from tests.engines.vllm.engines import SEEDS, Answers, Checkpoints, OfflineEngine
 from tests.engines.vllm.parameter_servers import update_from
 
@@ -49,6 +51,24 @@ def test_any_bucket_size(model: Model, slot_nbytes: int) -> None:
     for version in "ba":
         update_from(model.engine, model.paths[version], slot_nbytes=slot_nbytes)
         assert model.engine.rpc("test_digests") == model.expected[version].digests
+
+
+def test_a_layer_that_fits_a_slot_is_not_copied(model: Model) -> None:
+    """Several layers to a slot, and many slots: no border is inside a layer, so that nothing is kept."""
+    tensors = load_file(model.paths["b"] / "model.safetensors")
+    layers: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        # With what lies between q, k and v by name, and the padding.
+        layer = layer_of(name)
+        layers[layer] = layers.get(layer, 0) + align_up(tensor.nbytes)
+    slot = 2 * max(layers.values())
+    report = update_from(model.engine, model.paths["b"], slot_nbytes=slot)
+    (status,) = model.engine.rpc("ckpt_engine_status")
+    assert report.buckets > 1, (slot, layers)
+    assert status["last"]["kept_bytes"] == 0
+    update_from(model.engine, model.paths["a"], slot_nbytes=1)
+    (status,) = model.engine.rpc("ckpt_engine_status")
+    assert status["last"]["kept_bytes"] > 0
 
 
 def test_every_border_between_buckets(model: Model) -> None:

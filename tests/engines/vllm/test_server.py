@@ -90,7 +90,7 @@ def test_a_worker_imports_little(world: World) -> None:
     for modules in world.server.rpc("test_modules"):
         packages = {".".join(name.split(".")[:2]) for name in modules if name.startswith("ckpt_engine.")}
         assert packages <= {
-            f"ckpt_engine.{part}" for part in ("ipc", "devices", "errors", "settings", *BELOW)
+            f"ckpt_engine.{part}" for part in ("ipc", "devices", "errors", "loading", "settings", *BELOW)
         }
 
 

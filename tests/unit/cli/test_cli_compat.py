@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 Cli = Callable[..., Any]
 
 
@@ -29,6 +31,15 @@ def test_a_command_finds_our_modules() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.strip()).parts[-4:-1] == ("ckpt_engine", "compat", "checkpoint_engine")
+
+
+def test_the_key_of_an_npu_is_the_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang puts the prefix before it."""
+    code = "from checkpoint_engine.device_utils import npu_generate_uuid as key; print(key())"
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-10.0.0.7-5")
+    assert run_compat(sys.executable, "-c", code).stdout == "10.0.0.7-5\n"
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "mine")
+    assert "CKPT_ENGINE_DEVICE_UUID='mine'" in run_compat(sys.executable, "-c", code).stderr
 
 
 def test_its_options_and_its_exit_status_are_its_own() -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
+
 from ckpt_engine.ipc.messages import TensorLayout
-from ckpt_engine_sglang.rehearsal import Recording, WeightsMismatch, Written
+from ckpt_engine.loading.recording import Recording, Written
+from ckpt_engine.loading.rehearsal import WeightsMismatch
 
 _DERIVED = re.compile(r"rotary_(pos_)?emb\.(inv_freq|cos_cached|sin_cached)$")
 """Tables that some checkpoints hold, and engines compute."""
-_SCALE = re.compile(r"(_scale|_scale_inv|_zero_point|_global_scale|\.scale|_offset)\d*$")
-"""What a quantised layer computes where the checkpoint does not hold it."""
-_DRAFTER = re.compile(r"^(model\.)?mtp\.")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _SHOWN = 12
 
@@ -26,8 +26,8 @@ class Rules:
     `partial`: modules that nothing was sent for keep their weights; one that gets any tensor needs all of
     its own. `ignored`: patterns (fnmatch) of names that no model need read. `parallel_size`: ranks over which
     a tensor may be cut. `shares`: other ranks hold layers or experts that this one passes over.
-    `drafter_layers`: numbers, behind the model's own, of layers that only a drafter has. `tied`: the model's
-    output embedding is its input embedding.
+    `drafter_layers`: numbers, behind the main model's own, of layers that only a drafter has.
+    `passed_over`: what else this engine's models do not read of their own checkpoint, by name.
     """
 
     partial: bool = False
@@ -35,12 +35,14 @@ class Rules:
     parallel_size: int = 1
     shares: bool = False
     drafter_layers: range = range(0)
-    tied: bool = False
+    passed_over: re.Pattern[str] | None = None
+
+    def ignores(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.ignored)
 
 
-def check_names(tensors: Sequence[TensorLayout], recordings: Iterable[Recording], rules: Rules) -> None:
-    """Raises WeightsMismatch with the names of tensors that no model reads."""
-    read = {name for recording in recordings for name, numel in recording.read.items() if numel}
+def check_names(tensors: Sequence[TensorLayout], read: Collection[str], rules: Rules) -> None:
+    """Raises WeightsMismatch with the names of tensors that are not among those `read` by any model."""
     patterns = {_pattern(name) for name in read} if rules.shares else set()
     unknown = [
         tensor.name
@@ -72,56 +74,73 @@ def check_shapes(
     }
     wrong = []
     for tensor in tensors:
-        numel, read = _numel(tensor.shape), recording.read.get(tensor.name, 0)
+        numel, read = torch.Size(tensor.shape).numel(), recording.read.get(tensor.name, 0)
         if read and read * rules.parallel_size < numel and tensor.name not in checked:
             wrong.append(f"{tensor.name} {list(tensor.shape)} (the model takes {read} of {numel} elements)")
     if wrong:
         raise WeightsMismatch(f"wrong shapes: {_listed(wrong)}")
 
 
-def check_complete(recording: Recording, loose: Iterable[str], rules: Rules) -> None:
-    """Raises WeightsMismatch with the parameters that the update would not fill.
+def check_complete(
+    recording: Recording,
+    rules: Rules,
+    optional: Collection[str] = (),
+    packed: Mapping[str, Sequence[str]] | None = None,
+) -> None:
+    """Raises WeightsMismatch with the parameters that the update would not fill, and the tensors that would.
 
     Args:
-        loose: parameters of quantised modules: one write is enough, and scales may be computed.
+        optional: parameters that need not be filled.
+        packed: fused modules and those that they are made of (a model's `packed_modules_mapping`).
     """
-    loose = set(loose)
     touched = {_module(name) for name, written in recording.parameters.items() if written.regions}
-    missing = []
-    for name, written in recording.parameters.items():
-        if written.complete or (rules.partial and _module(name) not in touched):
-            continue
-        if name in loose and (written.regions or _SCALE.search(name)):
-            continue
-        missing.append(_what_is_missing(name, written))
+    missing = [
+        _what_is_missing(name, written, packed or {}, recording.read.keys())
+        for name, written in recording.parameters.items()
+        if not written.complete
+        and name not in optional
+        and not (rules.partial and _module(name) not in touched)
+    ]
     if missing:
         advice = (
             "a module that gets a part of its tensors needs all of them"
             if rules.partial
-            else "a partial update is asked for with `partial`"
+            else "partial=True updates some modules only"
         )
         raise WeightsMismatch(f"the update does not fill {_listed(missing)}: {advice}")
+
+
+def parameters_in(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[str]:
+    """Names of the parameters of modules of this kind."""
+    return [
+        f"{name}.{parameter}" if name else parameter
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+        for parameter, tensor in module._parameters.items()
+        if tensor is not None
+    ]
 
 
 def _may_be_unread(name: str, rules: Rules, patterns: set[str]) -> bool:
     layer = _LAYER.search(name)
     return bool(
         _DERIVED.search(name)
-        or any(fnmatchcase(name, pattern) for pattern in rules.ignored)
+        or rules.ignores(name)
         or _pattern(name) in patterns
-        or (rules.tied and name.endswith("lm_head.weight"))
-        or _DRAFTER.search(name)
         or (layer and int(layer[1]) in rules.drafter_layers)
-        # A pipeline stage passes over what stands before and behind its layers.
-        or (
-            rules.shares
-            and not layer
-            and name.endswith(("embed_tokens.weight", "lm_head.weight", "norm.weight"))
-        )
+        or (rules.passed_over and rules.passed_over.search(name))
     )
 
 
-def _what_is_missing(name: str, written: Written) -> str:
+def _what_is_missing(
+    name: str, written: Written, packed: Mapping[str, Sequence[str]], given: Collection[str]
+) -> str:
+    module, _, leaf = name.rpartition(".")
+    parent, _, fused = module.rpartition(".")
+    parts = [f"{parent}.{part}.{leaf}" if parent else f"{part}.{leaf}" for part in packed.get(fused, ())]
+    absent = [part for part in parts if part not in given]
+    if absent:
+        return f"{name} (missing {', '.join(absent)})"
     if not written.regions:
         return name
     got = ", ".join(sorted(written.sources))
@@ -134,13 +153,6 @@ def _pattern(name: str) -> str:
 
 def _module(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _numel(shape: Sequence[int]) -> int:
-    numel = 1
-    for size in shape:
-        numel *= size
-    return numel
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,13 +1,4 @@
-"""What a model would do with a set of tensors, found out before any of them is sent.
-
-A model's own `load_weights` decides which parameter a name belongs to, how tensors are fused and which slice
-a rank keeps; SGLang's passes over names that it does not know. So it is asked: for a moment its parameters
-are ones without storage, and it loads tensors without storage, while every write is recorded. That moves no
-byte and changes nothing.
-
-Where parameters are not in the checkpoint's layout (quantised ones, repacked after they were loaded), the
-same record is kept of the real load instead (`Recording`).
-"""
+"""What is written to a model's parameters, and from which tensors of an update."""
 
 from __future__ import annotations
 
@@ -22,22 +13,11 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ckpt_engine.errors import CheckpointError
-from ckpt_engine.ipc.messages import TensorLayout
-
 _COPY = torch.ops.aten.copy_.default
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 _ITEM = torch.ops.aten._local_scalar_dense.default
 Region = tuple[int, tuple[int, ...], tuple[int, ...]]
 """A view of a storage: offset, shape, strides, in elements."""
-
-
-class WeightsMismatch(CheckpointError):
-    """The tensors of an update are not those of the engine's model; the message has their names."""
-
-
-class NotRehearsable(Exception):
-    """The model's load_weights needs real tensors."""
 
 
 @dataclass
@@ -101,8 +81,9 @@ class Recording:
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Records what happens inside, also in threads of executors."""
+        """Records what happens inside, also in what it gives to threads of executors."""
         submit = ThreadPoolExecutor.submit
+        recorded = {threading.get_ident()}
 
         def recorded_submit(
             pool: ThreadPoolExecutor,
@@ -111,14 +92,26 @@ class Recording:
             *args: Any,  # noqa: ANN401
             **kwargs: Any,  # noqa: ANN401
         ) -> Future[Any]:
+            if threading.get_ident() not in recorded:
+                return submit(pool, function, *args, **kwargs)
+
             def run() -> Any:  # noqa: ANN401
-                with _Mode(self), torch.no_grad():
-                    return function(*args, **kwargs)
+                recorded.add(threading.get_ident())
+                try:
+                    with _Mode(self), torch.no_grad():
+                        return function(*args, **kwargs)
+                finally:
+                    recorded.discard(threading.get_ident())
 
             return submit(pool, run)
 
         with mock.patch.object(ThreadPoolExecutor, "submit", recorded_submit), _Mode(self):
             yield
+
+    @property
+    def taken(self) -> set[str]:
+        """Tensors of the update that the model did not pass over."""
+        return {name for name, numel in self.read.items() if numel}
 
     # What the modes call
 
@@ -198,90 +191,6 @@ class _Mode(TorchDispatchMode):
         else:
             self._recording.follow(_flat(args), _flat((result,)))
         return result
-
-
-def rehearse(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> Recording:
-    """Has `model` load tensors without storage; the model is as before when it returns or raises.
-
-    Raises:
-        WeightsMismatch: load_weights refused a tensor: a name that it does not know, or a shape that does
-            not fit.
-        NotRehearsable: load_weights needs real tensors.
-    """
-    with _without_storage(model) as parameters, torch.no_grad():
-        recording = Recording(parameters)
-        current: list[TensorLayout] = []
-
-        def bare_tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            for tensor in tensors:
-                current[:] = [tensor]
-                bare = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
-                recording.add_source(tensor.name, bare)
-                yield tensor.name, bare
-
-        try:
-            with recording.at_work():
-                model.load_weights(bare_tensors())  # type: ignore[operator]
-        except Exception as error:
-            if isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower():
-                raise NotRehearsable(f"{type(error).__name__}: {error}") from error
-            at = (
-                f"{current[0].name!r} ({current[0].dtype}, {list(current[0].shape)})"
-                if current
-                else "nothing"
-            )
-            raise WeightsMismatch(
-                f"{type(model).__name__} cannot load tensor {at}: {type(error).__name__}: {error}"
-            ) from error
-    return recording
-
-
-def named_parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Tied ones under each of their names."""
-    return dict(model.named_parameters(remove_duplicate=False))
-
-
-@contextmanager
-def _without_storage(model: torch.nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Puts tensors without storage in the place of all of the model's.
-
-    Yields:
-        The parameters by name.
-    """
-    saved: list[tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]] = []
-    bare: dict[int, torch.Tensor] = {}
-    try:
-        for module in model.modules():
-            # Registries are part of a module's dict, and changed in place.
-            registries = {key: value.copy() for key, value in vars(module).items() if key in _REGISTRIES}
-            saved.append((module, dict(vars(module)), registries))
-        for module, _, _ in saved:
-            for registry in (module._parameters, module._buffers):
-                for name, tensor in registry.items():
-                    if tensor is not None:
-                        if id(tensor) not in bare:
-                            bare[id(tensor)] = _bare(tensor)
-                        registry[name] = bare[id(tensor)]  # type: ignore[assignment]
-        yield named_parameters(model)
-    finally:
-        for module, attributes, registries in reversed(saved):
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, value in registries.items():
-                registry = vars(module)[key]
-                registry.clear()
-                registry.update(value)
-
-
-_REGISTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
-
-
-def _bare(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` without its storage: of the same class, with its weight loader and other attributes."""
-    meta = torch.empty_strided(tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta")
-    made: torch.Tensor = torch.Tensor._make_subclass(type(tensor), meta, tensor.requires_grad)
-    vars(made).update(vars(tensor))
-    return made
 
 
 def _flat(values: Sequence[Any]) -> list[Any]:
