@@ -99,11 +99,12 @@ class Worker:
 
 def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    device = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+    number = index % torch.cuda.device_count() if kind == "cuda" else None
+    device = torch.device("cpu") if number is None else torch.device("cuda", number)
     parameters = {
         name: torch.zeros(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes.items()
     }
-    uuid = make_device(kind, load_settings(), index).uuid()
+    uuid = make_device(kind, load_settings(), index if number is None else number).uuid()
     context = zmq.Context()
     pipe.send("ready")
 
@@ -115,7 +116,7 @@ def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
         if message == "figures":
             pipe.send(process_figures())
             continue
-        status = serve_update(context, message, uuid, 0 if kind == "cuda" else None, run=run)
+        status = serve_update(context, message, uuid, number, run=run)
         pipe.send(status | {"sum": sum_of(parameters)})
 
 
@@ -126,7 +127,7 @@ def parameter_server(rank: int, ranks: int, kind: str, port: int) -> ParameterSe
         master_addr="127.0.0.1",
         master_port=port,
         device=kind,
-        gpu_count=1 if kind == "cuda" else ranks,
+        gpu_count=torch.cuda.device_count() if kind == "cuda" else ranks,
     )
 
 
@@ -163,7 +164,7 @@ def _run_rank(
 ) -> None:
     torch.set_num_threads(1)
     os.environ["CKPT_ENGINE_SOCKET_DIR"] = f"{out}/sockets"
-    if arguments.device == "cuda":
-        # Ranks may share a GPU, whose own UUID would be there twice.
+    if arguments.device == "cuda" and arguments.ranks > torch.cuda.device_count():
+        # Ranks share a GPU, whose own UUID would be there twice.
         os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"GPU-benchmark-{rank}"
     Path(out, f"{rank}.json").write_text(json.dumps(serve(rank, arguments, port)))

@@ -28,19 +28,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(
     scope="session",
-    params=[(1, ""), (2, ""), (1, "expandable_segments:True")],
-    ids=["1", "2-on-one-gpu", "1-expandable-segments"],
+    params=[(1, 1, ""), (2, 1, ""), (1, 1, "expandable_segments:True"), (2, 2, ""), (4, 4, "")],
+    ids=["1", "2-on-one-gpu", "1-expandable-segments", "2-on-2-gpus", "4-on-4-gpus"],
 )
 def world(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, broken_engine: str
 ) -> Iterator[World]:
-    size, allocator = request.param
+    size, gpus, allocator = request.param
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"{torch.cuda.device_count()} CUDA device here, and this needs {gpus}")
     world = launch(
         tmp_path_factory.mktemp("world"),
         size,
         1,
         broken_engine,
         TEST_DEVICE="cuda",
+        TEST_GPUS=str(gpus),
         PYTORCH_CUDA_ALLOC_CONF=allocator,
     )
     yield world

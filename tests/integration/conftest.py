@@ -141,7 +141,8 @@ def broken_engine() -> Iterator[str]:
 
 def launch(out: Path, size: int, hosts: int, broken_engine: str, **environment: str) -> World:
     """Runs the scenarios of tests/support/rank.py on `size` ranks."""
-    sockets = Path("/tmp") / f"ce-test-{os.getpid()}-{size}-{hosts}-{environment.get('TEST_DEVICE', 'cpu')}"
+    device = environment.get("TEST_DEVICE", "cpu") + environment.get("TEST_GPUS", "")
+    sockets = Path("/tmp") / f"ce-test-{os.getpid()}-{size}-{hosts}-{device}"
     first = make_checkpoint(out / "first", SEED)
     second = make_checkpoint(out / "second", SEED + 1)
     arguments = [str(out), str(out / "first"), str(out / "second"), "http://127.0.0.1:9/collective_rpc"]

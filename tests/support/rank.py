@@ -157,11 +157,15 @@ def main() -> None:
     if hosts > 1:
         os.environ["CKPT_ENGINE_HOST_ID"] = f"host{rank * hosts // size}"
     kind = os.environ.get("TEST_DEVICE", "cpu")
-    if kind == "cuda":
-        # All ranks share one GPU: its own UUID would be there twice.
-        os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"GPU-test-{rank}"
-    worker = Worker(rank % int(os.environ["LOCAL_WORLD_SIZE"]))
-    with ParameterServer(device=kind, gpu_count=1 if kind == "cuda" else None) as ps:
+    gpus = int(os.environ.get("TEST_GPUS", "1")) if kind == "cuda" else None
+    environment = {}
+    if gpus is not None:
+        environment["TEST_GPU"] = str(rank % gpus)
+        if gpus < size:
+            # Ranks share a GPU: its own UUID would be there twice.
+            os.environ["CKPT_ENGINE_DEVICE_UUID"] = f"GPU-test-{rank}"
+    worker = Worker(rank % int(os.environ["LOCAL_WORLD_SIZE"]), **environment)
+    with ParameterServer(device=kind, gpu_count=gpus) as ps:
         me = Rank(ps, worker, out)
         try:
             me.record("update before gather", me.update("a"))

@@ -9,8 +9,8 @@ status of `serve_update` and the digests of all tensors held after it. Faults:
     {"kind": "writes"}                          writes over each tensor once it is loaded
     {"kind": "slow"}                            on CUDA: enqueues 50 ms of work before each bucket's copies
 
-With TEST_DEVICE=cuda the tensors are copied into slices of one fused parameter on the device, without a
-wait: only the events keep a slot from being overwritten before it was read.
+With TEST_DEVICE=cuda the tensors are copied into slices of one fused parameter on the device (cuda:TEST_GPU),
+without a wait: only the events keep a slot from being overwritten before it was read.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 import zmq
 
-from ckpt_engine.devices import cpu_uuid
+from ckpt_engine.devices import worker_uuid
 from ckpt_engine.ipc.receiver import serve_update
-from ckpt_engine.settings import load_settings
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -50,8 +49,10 @@ def act(action: str, where: str) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     cuda = os.environ.get("TEST_DEVICE") == "cuda"
-    settings = load_settings()
-    uuid = settings.device_uuid or cpu_uuid(settings, 0)
+    index = int(os.environ.get("TEST_GPU", "0")) if cuda else None
+    if index is not None:
+        torch.cuda.set_device(index)
+    uuid = worker_uuid(index or 0, "cuda" if cuda else "cpu")
     weights: dict[str, torch.Tensor] = {}
     fused = torch.zeros(512 * 1024 * 1024 if cuda else 0, dtype=torch.uint8, device="cuda" if cuda else "cpu")
     used = 0
@@ -95,9 +96,7 @@ def main() -> None:
                 act(fault["action"], "post_hook")
 
         device = "CPU-nowhere-0" if fault.get("kind") == "missing" else uuid
-        status = serve_update(
-            context, request["handles"], device, 0 if cuda else None, run=run, post_hook=post_hook
-        )
+        status = serve_update(context, request["handles"], device, index, run=run, post_hook=post_hook)
         answer = {
             "status": status,
             "digests": {name: digest(tensor) for name, tensor in weights.items()},

@@ -431,10 +431,8 @@ def test_no_descriptor_stays_open(engine: FakeEngine, url: str) -> None:
 
 def test_health_is_awaited(engine: FakeEngine, url: str) -> None:
     engine.answer({"status": "loading"}, 503)
-    timer = threading.Timer(0.3, lambda: engine.answer({}, 200))
-    timer.start()
-    wait_until_healthy(url.removesuffix("/collective_rpc") + "/", 10)
-    timer.join()
+    engine.before_answer = lambda: engine.answer({}, 200) if len(engine.requests) > 1 else None
+    wait_until_healthy(url.removesuffix("/collective_rpc") + "/", 60)
     assert len(engine.requests) > 1
     assert {request[:2] for request in engine.requests} == {("GET", "/health")}
 
