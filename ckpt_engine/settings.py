@@ -1,7 +1,8 @@
 """Every environment variable this package reads, in one place.
 
-Variables that PyTorch's launchers define (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT)
-and the two that the reference defines (PS_*) keep their names; ours start with CKPT_ENGINE_.
+Variables that PyTorch's launchers define (RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT),
+NCCL's (NCCL_IB_HCA) and those that the reference defines (PS_*) keep their names; ours start with
+CKPT_ENGINE_.
 """
 
 from __future__ import annotations
@@ -50,6 +51,12 @@ class Settings(BaseSettings):
     max_bucket_size_gb: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("max_bucket_size_gb", "PS_MAX_BUCKET_SIZE_GB")
     )
+
+    # Whose RDMA devices P2P uses: the reference's, and NCCL's
+    rdma_devices: str | None = Field(
+        None, validation_alias=AliasChoices("rdma_devices", "PS_P2P_STORE_RDMA_DEVICES")
+    )
+    nccl_ib_hca: str | None = Field(None, validation_alias=AliasChoices("nccl_ib_hca", "NCCL_IB_HCA"))
 
     # Ours: the slot ring
     slot_mib: float | None = Field(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CHECKS: tuple[str, ...] = (
     "ckpt_engine.devices.findings:find",
+    "ckpt_engine.transport.findings:find",
     "ckpt_engine_ascend.findings:find",
 )
 """`module:function` of each check (`findings.Find`), in the order of what is printed."""

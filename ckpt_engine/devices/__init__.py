@@ -30,6 +30,7 @@ __all__ = [
     "make_device",
     "map_ring",
     "open_shared_ring",
+    "pci_addresses",
     "synchronize_stream",
     "worker_uuid",
 ]
@@ -55,6 +56,15 @@ def device_count(kind: str) -> int | None:
     if kind == "npu":
         return int(load_npu().device_count())
     return torch.cuda.device_count() if kind == "cuda" else None
+
+
+def pci_addresses(kind: str) -> list[str]:
+    """Of all devices of this kind that this process sees, such as "0000:1b:00.0"; empty where unknown."""
+    if kind != "cuda":
+        return []
+    from ckpt_engine.devices.cudart import pci_address
+
+    return [pci_address(index) for index in range(torch.cuda.device_count())]
 
 
 def make_device(name: str | None, settings: Settings, index: int) -> Device:

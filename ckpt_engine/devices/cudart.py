@@ -46,6 +46,7 @@ def _library() -> ctypes.CDLL:
     library.cudaIpcOpenMemHandle.argtypes = (ctypes.POINTER(ctypes.c_void_p), _IpcHandle, ctypes.c_uint)
     for name in ("cudaFree", "cudaHostUnregister", "cudaIpcCloseMemHandle"):
         getattr(library, name).argtypes = (ctypes.c_void_p,)
+    library.cudaDeviceGetPCIBusId.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
     library.cudaMalloc.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t)
     library.cudaIpcGetMemHandle.argtypes = (ctypes.POINTER(_IpcHandle), ctypes.c_void_p)
     library.cudaHostRegister.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
@@ -65,6 +66,16 @@ def _on(index: int) -> ctypes.CDLL:
     library = _library()
     _check(library.cudaSetDevice(index), f"choosing cuda:{index}")
     return library
+
+
+def pci_address(index: int) -> str:
+    """Where cuda:`index` is on the host's PCI buses, such as "0000:1b:00.0"."""
+    text = ctypes.create_string_buffer(32)
+    _check(
+        _library().cudaDeviceGetPCIBusId(text, len(text), index),
+        f"asking for the PCI address of cuda:{index}",
+    )
+    return text.value.decode().lower()
 
 
 def malloc(index: int, nbytes: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt_engine.devices import make_device, map_ring
+from ckpt_engine.devices import make_device, map_ring, pci_addresses
 from ckpt_engine.devices.cuda import CudaPinner, CudaStaging, ServerRing
 from ckpt_engine.devices.handles import CudaRing
 from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
@@ -235,3 +235,12 @@ def test_the_device_names_itself_as_nvml_does() -> None:
     device = make_device("cuda", load_settings(), 0)
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     assert device.uuid() in listed
+
+
+def test_each_gpu_has_a_pci_address_that_the_kernel_knows() -> None:
+    addresses = pci_addresses("cuda")
+    assert len(set(addresses)) == torch.cuda.device_count()
+    for address in addresses:
+        vendor = Path("/sys/bus/pci/devices", address, "vendor")
+        if vendor.parent.parent.exists():  # some sandboxes show no buses
+            assert vendor.read_text().strip() == "0x10de"

@@ -19,8 +19,8 @@ PACKAGES = ("ckpt_engine", "ckpt_engine_vllm", "ckpt_engine_sglang", "ckpt_engin
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("integrations/*/README.md")],
 )
-ENVIRONMENT_ROW = re.compile(r"^\| `([A-Z_]+)` \| ([^|]*) \|", re.MULTILINE)
-OUR_VARIABLE = re.compile(r"\b(?:CKPT_ENGINE|PS)_[A-Z_]*[A-Z]\b")
+ENVIRONMENT_ROW = re.compile(r"^\| `([A-Z0-9_]+)` \| ([^|]*) \|", re.MULTILINE)
+OUR_VARIABLE = re.compile(r"\b(?:CKPT_ENGINE|PS)_[A-Z0-9_]*[A-Z]\b")
 HEAVY = ("fastapi", "httpx", "mooncake", "transformers", "typer")
 
 

@@ -31,6 +31,8 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "MASTER_PORT": ("master_port", "29500", 29500),
     "PS_MEM_FRACTION": ("mem_fraction", "0.5", 0.5),
     "PS_MAX_BUCKET_SIZE_GB": ("max_bucket_size_gb", "0.25", 0.25),
+    "PS_P2P_STORE_RDMA_DEVICES": ("rdma_devices", "mlx5_0,mlx5_1", "mlx5_0,mlx5_1"),
+    "NCCL_IB_HCA": ("nccl_ib_hca", "^=mlx5_2", "^=mlx5_2"),
     "CKPT_ENGINE_SLOT_MIB": ("slot_mib", "1.5", 1.5),
     "CKPT_ENGINE_SLOT_COUNT": ("slot_count", "5", 5),
     "CKPT_ENGINE_HOST_ID": ("host_id_override", "node-7", "node-7"),
