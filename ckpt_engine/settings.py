@@ -100,6 +100,9 @@ class Settings(BaseSettings):
         False, validation_alias=AliasChoices("release_groups", "CKPT_ENGINE_RELEASE_GROUPS")
     )
 
+    # Ours: where each update's trace goes
+    trace_dir: Path | None = Field(None, validation_alias=AliasChoices("trace_dir", "CKPT_ENGINE_TRACE_DIR"))
+
     guard: bool = Field(False, validation_alias=AliasChoices("guard", "CKPT_ENGINE_GUARD"))
 
     # Ours: who may use the HTTP API
@@ -116,7 +119,7 @@ class Settings(BaseSettings):
     )
     inplace_pin: bool = Field(False, validation_alias=AliasChoices("inplace_pin", "CKPT_ENGINE_INPLACE_PIN"))
 
-    @field_validator("master_addr", "socket_dir", mode="before")
+    @field_validator("master_addr", "socket_dir", "trace_dir", mode="before")
     @classmethod
     def _not_empty(cls, value: object) -> object:
         # An empty address is every interface of the host, an empty path the working directory.

@@ -10,6 +10,7 @@ from collections import deque
 from typing import Protocol
 
 from ckpt_engine.planning.plan import PlannedBucket
+from ckpt_engine.timeline.trace import BROADCAST
 from ckpt_engine.transport.collectives import Collectives
 from ckpt_engine.update.part import Part, at_work_on
 
@@ -82,9 +83,10 @@ class GroupMover:
             slots = part.slots(item)
             if item.owner == part.rank:
                 self._bring(item)
-            self._group.broadcast(
-                slots, self._members.index(item.owner), part.deadline, poll=lambda: part.reactor.turn(0)
-            )
+            with part.recorder.on_stream(BROADCAST, item):
+                self._group.broadcast(
+                    slots, self._members.index(item.owner), part.deadline, poll=lambda: part.reactor.turn(0)
+                )
             part.ring.mark_ready(item.index)
         self.stage_ahead()
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpt_engine.planning.plan import PlannedBucket
+from ckpt_engine.timeline.trace import BROADCAST, COPY, SOURCE_WAIT
 from ckpt_engine.transport.collectives import Collectives
 from ckpt_engine.transport.shared_memory import COPIED, STAGED, HostLinks
 from ckpt_engine.update.part import Part, at_work_on
@@ -96,10 +97,12 @@ class HostMover:
             self._between(item, root_leader)
             self._have(item)
             return
-        self._part.wait(lambda: item.index in self._staged, f"rank {source} to stage", item.index)
+        with self._part.recorder.on_host(SOURCE_WAIT, item):
+            self._part.wait(lambda: item.index in self._staged, f"rank {source} to stage", item.index)
         if source != rank:
             theirs = self._links.ring_of(source).view(item.ring_offset, item.nbytes)
-            self._part.device.copy(self._part.slots(item), theirs)
+            with self._part.recorder.on_host(COPY, item):
+                self._part.device.copy(self._part.slots(item), theirs)
             self._links.tell(source, COPIED, item.index)
         if is_leader:
             self._between(item, root_leader)
@@ -109,6 +112,7 @@ class HostMover:
             return
         part = self._part
         root = self._hosts.leaders.index(root_leader)
-        self._between_hosts.broadcast(
-            part.slots(item), root, part.deadline, poll=lambda: part.reactor.turn(0)
-        )
+        with part.recorder.on_host(BROADCAST, item):
+            self._between_hosts.broadcast(
+                part.slots(item), root, part.deadline, poll=lambda: part.reactor.turn(0)
+            )

@@ -15,6 +15,8 @@ from ckpt_engine.devices import Device, Ring, Staging
 from ckpt_engine.errors import ErrorRecord, UpdateError, UpdateTimeout
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.planning.plan import PlannedBucket, UpdatePlan
+from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
+from ckpt_engine.timeline.trace import H2D
 from ckpt_engine.update.no_worker import Channel
 
 PAUSE_SECONDS = 0.0001
@@ -36,6 +38,7 @@ class Part:
     reactor: Reactor
     deadline: Deadline
     reply_timeout: float
+    recorder: Recorder = NO_RECORDER
     while_waiting: Callable[[], bool] = lambda: False
 
     # Waiting
@@ -102,11 +105,12 @@ class Part:
     def copy_from_host(self, item: PlannedBucket, target: torch.Tensor) -> None:
         """Enqueues the copies of a bucket that this rank owns from its host buffers to `target`."""
         assert self.checkpoint is not None
-        for part in item.bucket.ranges:
-            self.device.copy(
-                target[part.bucket_offset : part.bucket_offset + part.nbytes],
-                self.checkpoint.view(part.buffer, part.offset, part.nbytes),
-            )
+        with self.recorder.on_stream(H2D, item):
+            for part in item.bucket.ranges:
+                self.device.copy(
+                    target[part.bucket_offset : part.bucket_offset + part.nbytes],
+                    self.checkpoint.view(part.buffer, part.offset, part.nbytes),
+                )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ckpt_engine.planning.plan import PlannedBucket
+from ckpt_engine.timeline.trace import SLOT_WAIT
 from ckpt_engine.update.device_movers import Mover
 from ckpt_engine.update.part import Part, at_work_on
 
@@ -39,8 +40,10 @@ class Pipeline:
         for item in part.plan.buckets:
             with at_work_on(item):
                 if item.waits_for >= 0:
-                    self._wait_until_given_back(item.waits_for)
+                    with part.recorder.on_host(SLOT_WAIT, item):
+                        self._wait_until_given_back(item.waits_for)
                 self._mover.deliver(item)
+            part.recorder.delivered(item)
             self._on_the_way.append(item)
             self._announce()
         self._wait_until_given_back(len(part.plan.buckets) - 1)
@@ -53,6 +56,7 @@ class Pipeline:
             index,
         )
         self._part.wait_for_worker(index)
+        self._part.recorder.has_read(index)
 
     def _announce(self) -> None:
         """In sequence, and only what lies in the ring: no worker's stream ever waits for this process.
@@ -64,7 +68,10 @@ class Pipeline:
             and self._part.ring.is_ready(self._on_the_way[0].index)
             and self._mover.is_sent_on(self._on_the_way[0].index)
         ):
-            self._part.channel.announce(self._on_the_way.popleft().index)
+            item = self._on_the_way.popleft()
+            self._part.channel.announce(item.index)
+            if self._part.channel.connected:
+                self._part.recorder.announced(item)
 
     def _while_waiting(self) -> bool:
         self._mover.stage_ahead()
@@ -76,5 +83,6 @@ class Pipeline:
                 tensor.nbytes for item in given_back for tensor in item.bucket.tensors
             )
             self._reported = done
+            self._part.recorder.given_back(done)
             self._progress(self._reported_nbytes)
         return bool(self._on_the_way) and not self._part.ring.is_ready(self._on_the_way[0].index)

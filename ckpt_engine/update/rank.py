@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 
@@ -12,6 +14,8 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import Device
 from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.settings import Settings
+from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder, TraceRecorder
+from ckpt_engine.timeline.trace import About
 from ckpt_engine.transport.bootstrap import MeetingPoint
 from ckpt_engine.transport.collectives import Collectives
 from ckpt_engine.transport.control import Control
@@ -76,6 +80,22 @@ class Rank:
         """The kind of group to use where it would be `kind`: vLLM's, if the settings say so."""
         asked = self.settings.custom_dist
         return asked if asked == f"vllm_{kind}" else kind
+
+    def recorder(self, checkpoint_name: str) -> Recorder:
+        """What keeps the course of one update, if the settings name a place for it."""
+        directory = self.settings.trace_dir
+        if directory is None:
+            return NO_RECORDER
+        about = About(
+            update=f"not-met-{secrets.token_hex(4)}",
+            checkpoint=checkpoint_name,
+            rank=self.rank,
+            host=self.settings.host_id,
+            device=self.device.uuid(),
+            device_type=self.device.type,
+            clock=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        )
+        return TraceRecorder(directory, about, self.device)
 
     def drop_groups(self) -> None:
         """Groups are not used again after an abort: a member may still wait in them."""

@@ -32,6 +32,7 @@ from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
 from ckpt_engine.metadata import Metas
 from ckpt_engine.planning.plan import UpdatePlan, make_plan
+from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
 from ckpt_engine.update.introduction import Meeting, introduce
@@ -97,6 +98,7 @@ class UpdateSession:
     _links: HostLinks | None = None
     _request: EngineRequest | None = None
     _pipeline: Pipeline | None = None
+    _recorder: Recorder = NO_RECORDER
     _stuck: bool = False
     _verdict: Verdict | None = None
 
@@ -108,6 +110,8 @@ class UpdateSession:
             PublishError: it did, but `req_func` failed.
         """
         with ExitStack() as ending:
+            self._recorder = self.me.recorder(self.checkpoint_name)
+            ending.enter_context(self._recorder.update())
             round_ = self.me.control.open_round(purpose_of(self.checkpoint_name), self.members, decides=True)
             ending.callback(round_.leave)
             ending.callback(self._close)
@@ -140,6 +144,7 @@ class UpdateSession:
         now = time.monotonic()
         self._stages[self._stage] = now - self._started - sum(self._stages.values())
         self._stage = stage
+        self._recorder.stage(stage)
 
     def _begin(self, round_: Round) -> UpdatePlan:
         """Meets the other ranks, makes the plan, the ring and the links, and asks the engine."""
@@ -156,6 +161,7 @@ class UpdateSession:
         wake = round_.watch()
         self._reactor.add(wake, lambda: self._on_verdict(round_, wake))
         meeting = Meeting.of(round_.name, blobs)
+        self._recorder.met(meeting.token, len(meeting.members))
         meeting.check(me.rank)
         plan = make_plan(
             self.checkpoint_name,
@@ -166,6 +172,7 @@ class UpdateSession:
             # In host memory owners stage in their rings, from which the others copy.
             staging=len(meeting.members) > 1 and not meeting.in_host_memory,
         )
+        self._recorder.planned(plan)
         ring = me.buffers.ring(plan.ring.nbytes, plan.ring.count)
         is_owner = me.rank in plan.owners()
         part = Part(
@@ -179,6 +186,7 @@ class UpdateSession:
             reactor=self._reactor,
             deadline=self.deadline,
             reply_timeout=me.settings.reply_timeout,
+            recorder=self._recorder,
         )
         channel.begin(
             Begin(

@@ -37,6 +37,7 @@ class World:
     second: dict[str, str]
     ranks: list[dict[str, Any]]
     socket_dir: Path
+    trace_dir: Path
 
     def results(self, scenario: str) -> list[dict[str, Any]]:
         return [rank[scenario] for rank in self.ranks]
@@ -155,12 +156,13 @@ def launch(out: Path, size: int, hosts: int, broken_engine: str, **environment: 
         TEST_HOSTS=str(hosts),
         CKPT_ENGINE_SLOT_MIB="1",
         CKPT_ENGINE_SOCKET_DIR=str(sockets),
+        CKPT_ENGINE_TRACE_DIR=str(out / "traces"),
         GLOO_SOCKET_IFNAME="lo",
         **environment,
     )
     (out / "output.txt").write_text(output)
     ranks = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(size)]
-    return World(size, hosts, first, second, ranks, sockets)
+    return World(size, hosts, first, second, ranks, sockets, out / "traces")
 
 
 @pytest.fixture(scope="session", params=[(1, 1), (2, 1), (4, 1), (4, 2)], ids=["1", "2", "4", "4-on-2-hosts"])

@@ -6,7 +6,9 @@ import os
 
 import pytest
 
+from ckpt_engine.timeline.trace import COMMITTED
 from tests.integration.conftest import World
+from tests.support.traces import check_committed, updates_in
 
 THREADS_BETWEEN_UPDATES = ("MainThread", "ckpt-engine-control", "ckpt-engine-control-server")
 AN_ERROR_IS_PROMPT_SECONDS = 20.0
@@ -38,6 +40,19 @@ def test_a_slow_reload_is_not_overtaken(world: World) -> None:
 def test_a_worker_may_write_into_what_it_was_given(world: World) -> None:
     """Other ranks may still need the same bytes from the same memory."""
     assert weights(world, "writes") == [world.first] * world.size
+
+
+def test_traces_tell_the_course_of_each_update(world: World) -> None:
+    updates = updates_in(world.trace_dir)
+    committed = [traces for traces in updates if traces[0].about.outcome == COMMITTED]
+    whole = [traces for traces in committed if len(traces) == world.size]
+    assert len(whole) >= 3
+    for traces in whole:
+        check_committed(traces)
+    first = world.results("first")[0]
+    assert whole[0][0].about.buckets == first["buckets"]
+    failed = [trace.about.outcome for traces in updates for trace in traces if traces not in committed]
+    assert any("injected in" in outcome for outcome in failed)
 
 
 def test_versions_grow_and_are_the_same_on_every_rank_and_worker(world: World) -> None:

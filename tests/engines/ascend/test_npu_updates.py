@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP, STUB
 from tests.engines.ascend.npu_checkpoint_for_tests import checkpoint
 from tests.integration.conftest import torchrun
+from tests.support.traces import check_committed, updates_in
 from tests.support.worker import digest
 
 SEED = 20261124
@@ -28,6 +29,7 @@ class World:
     first: dict[str, str]
     second: dict[str, str]
     ranks: list[dict[str, Any]]
+    trace_dir: Path
 
     def results(self, scenario: str) -> list[dict[str, Any]]:
         return [rank[scenario] for rank in self.ranks]
@@ -89,6 +91,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         CKPT_ENGINE_HOST_ID=IP,
         CKPT_ENGINE_SLOT_MIB="0.25",
         CKPT_ENGINE_SOCKET_DIR=str(out / "s"),
+        CKPT_ENGINE_TRACE_DIR=str(out / "traces"),
         GLOO_SOCKET_IFNAME="lo",
         FAKE_NPU_MACHINE=machine,
         VLLM_ASCEND_ENABLE_NZ="0",
@@ -99,7 +102,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for file in left:
         file.unlink()
     ranks = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(size)]
-    yield World(kind, first, second, ranks)
+    yield World(kind, first, second, ranks, out / "traces")
 
 
 GOOD = ("first", "second", "kept", "kept again", "kept no more")
@@ -117,6 +120,11 @@ def test_every_worker_holds_the_checkpoints_bits(world: World, scenario: str) ->
         assert entry["worker"]["state"]["weights"] == "committed"
         assert entry["worker"]["digests"] == (world.second if scenario in SECOND else world.first)
         assert entry["worker"]["in_place"], "captured graphs would read the old weights"
+
+
+def test_traces_tell_when_streams_did_what(world: World) -> None:
+    """Copies are enqueued, and done late: the spans are of the streams, not of the calls."""
+    check_committed(updates_in(world.trace_dir)[0])
 
 
 @pytest.mark.parametrize("scenario", [*GOOD[:2], "kept no more", *GOOD[5:]])

@@ -55,6 +55,7 @@ class Event:
     ) -> None:
         self._stream: Stream | None = None
         self._recorded = self._happened = 0
+        self._time = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
         self._stream = stream or current_stream()
@@ -63,6 +64,7 @@ class Event:
 
         def happen() -> bool:
             self._happened = max(self._happened, number)
+            self._time = time.monotonic()
             return True
 
         self._stream.enqueue(happen)
@@ -78,6 +80,10 @@ class Event:
     def synchronize(self) -> None:
         while not self.query():
             time.sleep(0)
+
+    def elapsed_time(self, end_event: Event) -> float:
+        """Milliseconds."""
+        return 1e3 * (end_event._time - self._time)
 
     def wait(self, stream: Stream | None = None) -> None:
         number = self._recorded
