@@ -58,24 +58,28 @@ class Pipeline:
         self._part.wait_for_worker(index)
         self._part.recorder.has_read(index)
 
-    def _announce(self) -> None:
+    def _announce(self) -> bool:
         """In sequence, and only what lies in the ring: no worker's stream ever waits for this process.
 
-        Nor what other ranks still read there: the worker may write into a bucket that it has.
+        Nor what other ranks still read there: the worker may write into a bucket that it has. Returns whether
+        a copy was not there yet: nobody tells when it is. It is asked once only, since one that arrives
+        between two looks would be neither announced nor looked for.
         """
-        while (
-            self._on_the_way
-            and self._part.ring.is_ready(self._on_the_way[0].index)
-            and self._mover.is_sent_on(self._on_the_way[0].index)
-        ):
-            item = self._on_the_way.popleft()
+        while self._on_the_way:
+            item = self._on_the_way[0]
+            if not self._part.ring.is_ready(item.index):
+                return True
+            if not self._mover.is_sent_on(item.index):
+                return False
             self._part.channel.announce(item.index)
+            self._on_the_way.popleft()
             if self._part.channel.connected:
                 self._part.recorder.announced(item)
+        return False
 
     def _while_waiting(self) -> bool:
         self._mover.stage_ahead()
-        self._announce()
+        pending = self._announce()
         done = self._part.channel.done
         if done > self._reported:
             given_back = self._part.plan.buckets[self._reported + 1 : done + 1]
@@ -85,4 +89,4 @@ class Pipeline:
             self._reported = done
             self._part.recorder.given_back(done)
             self._progress(self._reported_nbytes)
-        return bool(self._on_the_way) and not self._part.ring.is_ready(self._on_the_way[0].index)
+        return pending

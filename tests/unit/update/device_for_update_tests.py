@@ -117,13 +117,13 @@ class SimulatedRing:
         self._ready[bucket % len(self._ready)].record(self._device.current)
 
     def is_ready(self, bucket: int) -> bool:
-        return self._device.in_host_memory or self._ready[bucket % len(self._ready)].query()
+        return self._device.in_host_memory or self._device.look(self._ready[bucket % len(self._ready)])
 
     def mark_given_back(self, bucket: int, stream: Stream) -> None:
         self._given_back[bucket % len(self._given_back)].record(stream)
 
     def is_given_back(self, bucket: int) -> bool:
-        return self._given_back[bucket % len(self._given_back)].query()
+        return self._device.look(self._given_back[bucket % len(self._given_back)])
 
 
 class SimulatedStaging:
@@ -155,7 +155,7 @@ class SimulatedDevice:
     """A rank's device, with the streams of its parameter server; `uses` is of all ranks together.
 
     `walk` is its rank's, and waits where the device makes its host wait; `has_mail`: whether something has
-    arrived there. `reached`: events so far.
+    arrived there. `reached`: events so far; `seen`: as many as at the first look since the last turn.
     """
 
     def __init__(self, rank: int, uses: list[Use], *, in_host_memory: bool) -> None:
@@ -165,11 +165,19 @@ class SimulatedDevice:
         self.copies, self.broadcasts = Stream(), Stream()
         self.current = self.copies
         self.reached = 0
+        self.seen: int | None = None
         self.walk: Walk
         self.has_mail: Callable[[], bool]
 
     def use(self, memory: torch.Tensor, what: str, *, writes: bool) -> Use:
         return Use(self.uses, memory, f"rank {self.rank}: {what}", writes=writes)
+
+    def look(self, event: Event) -> bool:
+        """The host asks; the device goes on between two looks."""
+        self.walk.pause("a look at its device")
+        if self.seen is None:
+            self.seen = self.reached
+        return event.query()
 
     @contextmanager
     def _on(self, stream: Stream) -> Iterator[None]:

@@ -120,8 +120,11 @@ class SimulatedReactor:
         self._inbox.setdefault(sender, deque()).append(message)
 
     def turn(self, seconds: float) -> None:
-        """A wait needs nothing but a message. One who only looks (0 s) also sees his device's events."""
-        device, seen = self._device, self._device.reached
+        """A wait needs nothing but a message. One who only looks (0 s) also sees what his device has done
+        since he looked."""
+        device = self._device
+        seen = device.reached if device.seen is None else device.seen
+        device.seen = None
         device.walk.pause("news", lambda: device.has_mail() or (seconds == 0 and device.reached > seen))
         for queue in self._inbox.values():
             for _ in range(self._random.randint(0, len(queue))):
