@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,8 +43,11 @@ def share_of(shapes: Shapes, rank: int, ranks: int, seed: int = 0) -> dict[str, 
     tensors = {}
     for name in list(shapes)[rank::ranks]:
         rows, columns = shapes[name]
-        repeated = block.repeat(-(-rows * columns // block.numel()))[: rows * columns]
-        tensors[name] = repeated.view(torch.bfloat16).view(rows, columns)
+        tensor = torch.empty(rows * columns, dtype=torch.int16)
+        for start in range(0, tensor.numel(), block.numel()):
+            part = tensor[start : start + block.numel()]
+            part.copy_(block[: part.numel()])
+        tensors[name] = tensor.view(torch.bfloat16).view(rows, columns)
     return tensors
 
 
@@ -68,14 +72,15 @@ class Worker:
 
     def __init__(self, kind: str, index: int, shapes: Shapes) -> None:
         self._pipe, there = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_work, args=(kind, index, shapes, there))
+        # A daemon: a rank that fails must not wait for it.
+        self._process = _SPAWN.Process(target=_work, args=(kind, index, shapes, there), daemon=True)
         self._process.start()
 
     def wait_until_ready(self) -> None:
         assert self._pipe.recv() == "ready"
 
     def update(self, handles: list[tuple[str, str]]) -> float:
-        """Lets it receive; what its parameters then sum to (`sum_of`).
+        """Lets it receive; the seconds that `run` took, its engine's time.
 
         Raises:
             RuntimeError: it did not commit.
@@ -84,7 +89,12 @@ class Worker:
         status = self._pipe.recv()
         if status["outcome"] != "committed":
             raise RuntimeError(status["error"])
-        return float(status["sum"])
+        return float(status["run_seconds"])
+
+    def sum(self) -> float:
+        """What its parameters sum to (`sum_of`)."""
+        self._pipe.send("sum")
+        return float(self._pipe.recv())
 
     def figures(self) -> dict[str, int]:
         self._pipe.send("figures")
@@ -108,16 +118,25 @@ def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
     context = zmq.Context()
     pipe.send("ready")
 
+    seconds = 0.0
+
     def run(tensors: list[tuple[str, torch.Tensor]]) -> None:
+        nonlocal seconds
+        begin = time.perf_counter()
         for name, tensor in tensors:
             parameters[name].copy_(tensor, non_blocking=True)
+        seconds += time.perf_counter() - begin
 
     while (message := pipe.recv()) is not None:
         if message == "figures":
             pipe.send(process_figures())
             continue
+        if message == "sum":
+            pipe.send(sum_of(parameters))
+            continue
+        seconds = 0.0
         status = serve_update(context, message, uuid, number, run=run)
-        pipe.send(status | {"sum": sum_of(parameters)})
+        pipe.send(status | {"run_seconds": seconds})
 
 
 def parameter_server(rank: int, ranks: int, kind: str, port: int) -> ParameterServer:

@@ -62,15 +62,11 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
             ps.register_checkpoint("soak", named_tensors=everything[rank])
             del everything
             ps.gather_metas("soak")
-            got: list[float] = []
-
-            def req_func(paths: list[tuple[str, str]], got: list[float] = got) -> None:
-                got.append(worker.update(paths))
-
             begin = time.perf_counter()
-            ps.update("soak", req_func, timeout=120)
+            ps.update("soak", worker.update, timeout=120)
             seconds = time.perf_counter() - begin
-            if got != [expected]:
+            got = worker.sum()
+            if got != expected:
                 raise RuntimeError(f"cycle {cycle}: the worker's parameters sum to {got}, not {expected}")
             ps.unregister_checkpoint("soak")
             if cycle == warm or (cycle > warm and cycle % every == 0) or cycle == arguments.cycles:

@@ -33,6 +33,7 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
     tensors = share_of(shapes, rank, arguments.ranks)
     expected = sum_of(tensors)
     lines: Lines = []
+    run_seconds = 0.0
     with parameter_server(rank, arguments.ranks, kind, port) as ps:
         begin = time.perf_counter()
         ps.register_checkpoint("benchmark", named_tensors=tensors)
@@ -41,9 +42,8 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
         worker.wait_until_ready()
 
         def req_func(paths: list[tuple[str, str]]) -> None:
-            got = worker.update(paths)
-            if arguments.ranks == 1 and got != expected:
-                raise RuntimeError(f"the worker's parameters sum to {got}, not {expected}")
+            nonlocal run_seconds
+            run_seconds = worker.update(paths)
 
         for number in range(arguments.rounds + 1):
             limit = limit_seconds(ps, kind, shapes) if rank == 0 else 0.0
@@ -51,6 +51,8 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
             ps.gather_metas("benchmark")
             gathered = time.perf_counter()
             report = ps.update("benchmark", req_func, timeout=600, keep_buffers=arguments.keep_buffers)
+            if arguments.ranks == 1 and worker.sum() != expected:
+                raise RuntimeError(f"the worker's parameters sum to {worker.sum()}, not {expected}")
             lines.append(
                 {
                     "round": number,
@@ -61,6 +63,7 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
                     "register_seconds": round(register_seconds, 4),
                     "gather_seconds": round(gathered - begin, 5),
                     "seconds": round(report.seconds, 5),
+                    "run_seconds": round(run_seconds, 5),
                     "stages": {stage: round(seconds, 5) for stage, seconds in report.stages.items()},
                     "limit_seconds": round(limit, 5),
                 }
