@@ -39,8 +39,11 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_un
     pass
 
 
-class TensorLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """A tensor in a bucket: `offset` bytes from the bucket's start; `dtype` by torch's name."""
+class TensorLayout(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A tensor in a bucket: `offset` bytes from the bucket's start; `dtype` by torch's name.
+
+    There may be tens of thousands, none of which is part of a cycle: the garbage collector need not look.
+    """
 
     name: str
     dtype: str

@@ -35,6 +35,7 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.sockets import IDENTITY_NBYTES, receive_descriptors, tune
+from ckpt_engine.ipc.views import RingViews
 from ckpt_engine.settings import load_settings
 
 logger = logging.getLogger(__name__)
@@ -288,9 +289,10 @@ class _Receiver:
         self._post_hook = post_hook
         self._uuid = device_uuid
         self._ring: MappedRing | None = None
+        self._views: RingViews | None = None
         self._stage = "handshake"
         self._bucket: int | None = None
-        self._tensors: list[str] = []
+        self._layout: messages.BucketLayout | None = None
         self._touched = False
         self._started = time.monotonic()
 
@@ -303,7 +305,7 @@ class _Receiver:
                 error,
                 stage=self._stage,
                 bucket=self._bucket,
-                tensors=tuple(self._tensors),
+                tensors=tuple(messages.names_of(self._layout)) if self._layout is not None else (),
                 elapsed=time.monotonic() - self._started,
             )
             clear_frames(error)
@@ -328,6 +330,7 @@ class _Receiver:
         deadline = Deadline.after(begin.budget + DECISION_GRACE_SECONDS)
         messages.check_layout(begin)
         self._ring = map_ring(begin.ring, connection.receive_descriptors(), self._device_id)
+        self._views = RingViews(self._ring)
         if self._prepare is not None:
             self._prepare([tensor for bucket in begin.buckets for tensor in bucket.tensors])
         connection.send(messages.Ready(self._ring.own_events()))
@@ -338,7 +341,7 @@ class _Receiver:
                 raise ProtocolError(f"bucket {announced.index} was announced in place of {index}")
             self._load(index, bucket)
             connection.send(messages.BucketDone(index))
-            self._bucket, self._tensors = None, []
+            self._bucket = self._layout = None
         self._expect(messages.Finish, deadline, "the end of the buckets")
         self._stage = "release"
         # What the engine enqueued must have happened, and without an error of the device.
@@ -365,17 +368,12 @@ class _Receiver:
 
     def _load(self, index: int, bucket: messages.BucketLayout) -> None:
         assert self._ring is not None
-        self._bucket, self._tensors = index, messages.names_of(bucket)
-        # No view of the ring in a variable that the comprehension would close over: see clear_frames.
-        tensors = [(tensor.name, self._view(bucket, tensor)) for tensor in bucket.tensors]
+        assert self._views is not None
+        self._bucket, self._layout = index, bucket
+        tensors = self._views.tensors_of(bucket)
         self._touched = True
         self._run(tensors)
         self._ring.mark_given_back(index)
-
-    def _view(self, bucket: messages.BucketLayout, tensor: messages.TensorLayout) -> torch.Tensor:
-        assert self._ring is not None
-        data = self._ring.view(bucket.ring_offset + tensor.offset, tensor.nbytes)
-        return data.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
     def _expect(self, kind: type[_M], deadline: Deadline, waiting_for: str) -> _M:
         while True:
@@ -398,6 +396,8 @@ class _Receiver:
         return message
 
     def _release(self) -> None:
+        if self._views is not None:
+            self._views.close()
         if self._ring is not None:
             self._ring.close()
             self._ring = None

@@ -252,10 +252,24 @@ def lying(bucket: BucketLayout, nbytes: int = 2 * SLOT_NBYTES) -> Begin:
             "'t' lies out",
         ),
         (lying(BucketLayout(0, 8, ()), SLOT_NBYTES), "ProtocolError", "not a memfd of 65536 bytes"),
-        (lying(BucketLayout(0, 8, (TensorLayout("t", "uint8", (9,), 0, 8),))), "RuntimeError", "invalid"),
-        (lying(BucketLayout(0, 8, (TensorLayout("t", "float32", (3,), 0, 7),))), "RuntimeError", "divisible"),
-        (lying(BucketLayout(0, 8, (TensorLayout("t", "load", (8,), 0, 8),))), "TypeError", "view"),
-        (lying(BucketLayout(0, 8, (TensorLayout("t", "__x", (8,), 0, 8),))), "AttributeError", "__x"),
+        (lying(BucketLayout(0, 8, (TensorLayout("t", "uint8", (9,), 0, 8),))), "ProtocolError", "no uint8"),
+        (
+            lying(BucketLayout(0, 8, (TensorLayout("t", "float32", (3,), 0, 7),))),
+            "ProtocolError",
+            "no float32",
+        ),
+        (
+            lying(BucketLayout(0, 8, (TensorLayout("t", "float32", (1,), 2, 4),))),
+            "ProtocolError",
+            "at byte 2",
+        ),
+        (
+            lying(BucketLayout(0, 8, (TensorLayout("t", "uint8", (-2, -4), 0, 8),))),
+            "ProtocolError",
+            "(-2, -4)",
+        ),
+        (lying(BucketLayout(0, 8, (TensorLayout("t", "load", (8,), 0, 8),))), "ProtocolError", "'load'"),
+        (lying(BucketLayout(0, 8, (TensorLayout("t", "__x", (8,), 0, 8),))), "ProtocolError", "'__x'"),
     ],
 )
 def test_a_plan_that_contradicts_itself_touches_nothing(
