@@ -10,6 +10,8 @@
   - DeviceError              the device, or its driver, refuses (also a RuntimeError)
   - PlanError                no valid update plan exists for these metas
   - ProtocolError            a message that this version cannot accept
+  - P2PError                 a read by P2P failed, or its owner refuses or ends the lease
+    · P2PUnavailable           this process cannot read, or be read, by P2P
   - EngineRequestError       the engine refused, or could not be asked, to start receiving
   - UpdateError              an update ended without a commit; carries an `ErrorRecord`
     · UpdateTimeout            a deadline passed (also a TimeoutError)
@@ -77,6 +79,14 @@ class PlanError(CkptEngineError):
 
 class ProtocolError(CkptEngineError):
     """A message between processes is malformed, too large, or from another protocol version."""
+
+
+class P2PError(CkptEngineError):
+    """A read by P2P failed, or its owner cannot be reached, refuses a lease, or has ended it."""
+
+
+class P2PUnavailable(P2PError):
+    """This process cannot read, or be read, by P2P; the message says what is missing."""
 
 
 class EngineRequestError(CkptEngineError):

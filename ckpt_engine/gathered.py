@@ -1,13 +1,15 @@
-"""Who holds what: the metas of each gathered checkpoint, and whether they are still true."""
+"""Who holds what: the metas of each gathered or loaded checkpoint, and whether they are still true."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from ckpt_engine.errors import CheckpointError, ConfigError, UnknownCheckpointError
-from ckpt_engine.metadata import Metas, metas_to_json, topology
+from ckpt_engine.metadata import Metas, content_digest, metas_to_json, topology
+from ckpt_engine.planning.sources import Sources, check_fleets
 
 logger = logging.getLogger(__name__)
 
@@ -15,13 +17,64 @@ REMEMBERED = 64
 """Of how many checkpoints, the latest, it is remembered who held a part."""
 
 
+@dataclass(kw_only=True, frozen=True)
+class Senders:
+    """Where the bytes of an update come from.
+
+    `metas`: what its members hold. `outside`: what ranks of this fleet hold that take no part. `fleets`:
+    other fleets' metas, any of which will do. `digest`: of all these, alike on every member; `content`: of
+    the weights.
+    """
+
+    metas: Metas
+    outside: Metas
+    fleets: tuple[Metas, ...]
+    digest: str
+    content: str
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether anything must be read by P2P."""
+        return bool(self.outside or self.fleets)
+
+    @property
+    def fleet_count(self) -> int:
+        return max(1, len(self.fleets))
+
+    def sources(self, first_fleet: int = 0) -> Sources:
+        """What is to be read, from fleet `first_fleet` where it can be."""
+        return Sources.of_fleets(self.fleets, first_fleet) if self.fleets else Sources(self.outside)
+
+
+@dataclass(kw_only=True, frozen=True)
+class _Known:
+    """`epoch`: of this rank's share when it gathered; `fleets`: other fleets' metas, if they were loaded."""
+
+    epoch: str = ""
+    metas: Metas
+    fleets: tuple[Metas, ...] = ()
+
+
+@dataclass(kw_only=True, frozen=True)
+class _Holders:
+    """Ranks that hold a part, and ranks that can be read by P2P (and so can read)."""
+
+    holding: frozenset[int]
+    readable: frozenset[int]
+
+    def needed_with(self, wanted: Collection[int]) -> set[int]:
+        """Of the others, those that must take part: nobody can read what they hold."""
+        others = self.holding - set(wanted)
+        return set(others - self.readable if self.readable & set(wanted) else others)
+
+
 class GatheredMetas:
     """`shown`: what was gathered or loaded last; `topology`: its senders' side."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._by_name: dict[str, tuple[str, Metas]] = {}
-        self._holders: dict[str, set[int]] = {}
+        self._by_name: dict[str, _Known] = {}
+        self._holders: dict[str, _Holders] = {}
         self.shown: Metas = {}
         self.topology: dict[str, set[int]] = {}
 
@@ -47,16 +100,30 @@ class GatheredMetas:
             logger.warning("ranks %s have registered nothing as %r, not even an empty share", absent, name)
         if lost:
             self._check_without(lost, name, metas)
-        mine = metas[self._rank].epoch
-        self._by_name[name] = (mine, metas)
+        self._by_name[name] = _Known(epoch=metas[self._rank].epoch, metas=metas)
         self._holders.pop(name, None)
-        self._holders[name] = {rank for rank, held in metas.items() if held.tensor_count}
+        self._holders[name] = _Holders(
+            holding=frozenset(rank for rank, held in metas.items() if held.tensor_count),
+            readable=frozenset(rank for rank, held in metas.items() if held.readable),
+        )
         while len(self._holders) > REMEMBERED:
             del self._holders[next(iter(self._holders))]
         self.show(metas)
 
+    def load(self, fleets: Sequence[Metas]) -> str:
+        """Keeps other fleets' metas of one checkpoint, in place of what was gathered of it; its name.
+
+        Raises:
+            CheckpointError: it cannot be joined by these metas.
+        """
+        name = check_fleets(fleets)
+        self._by_name[name] = _Known(metas={}, fleets=tuple(fleets))
+        self.show(fleets[0])
+        return name
+
     def _check_without(self, lost: dict[int, str], name: str, metas: Metas) -> None:
-        _, before = self._by_name.get(name, ("", {}))
+        known = self._by_name.get(name)
+        before = known.metas if known is not None else {}
         missing = sorted(_tensors(before) - _tensors(metas))
         gone = ", ".join(f"rank {rank} ({reason})" for rank, reason in lost.items())
         if not before:
@@ -79,41 +146,70 @@ class GatheredMetas:
         """Its metas; a rank that asks for an update all the same knows whom to tell that it cannot."""
         self._by_name.pop(name, None)
 
-    def members(self, name: str, wanted: Sequence[int]) -> tuple[int, ...]:
-        """Those who are to be updated, and those who hold what they need; the same on every rank.
+    def members(self, name: str, wanted: Sequence[int], *, all_ranks: bool = False) -> tuple[int, ...]:
+        """Those who are to be updated, and those who must give what nobody can read; the same on every rank.
+
+        An owner outside `wanted` is read by P2P if it published an address, and one of `wanted` did.
+
+        Args:
+            all_ranks: `wanted` are all ranks, because the caller named none.
 
         Raises:
-            ConfigError: this rank is none of them.
+            ConfigError: other fleets' metas were loaded, and no ranks named.
         """
-        members = sorted({*wanted, *self._holders.get(name, ())})
-        if self._rank not in members:
-            raise ConfigError(
-                f"ranks={list(wanted)}: rank {self._rank} is not among them and holds nothing of {name!r}: "
-                "it must not call update"
-            )
-        return tuple(members)
+        known = self._by_name.get(name)
+        if known is not None and known.fleets:
+            if all_ranks:
+                raise ConfigError(
+                    f"{name!r} is held by another fleet, whose metas were loaded: say which ranks of this "
+                    "one are to be updated, with ranks=[...]"
+                )
+            return tuple(sorted(wanted))
+        holders = self._holders.get(name)
+        members = {*wanted, *(holders.needed_with(wanted) if holders is not None else ())}
+        return tuple(sorted(members))
 
-    def of(self, name: str, epoch: str, registered: Sequence[str]) -> tuple[Metas, str]:
-        """A checkpoint's metas and their digest.
+    def of(self, name: str, epoch: str, registered: Sequence[str], members: Collection[int]) -> Senders:
+        """Where a checkpoint's bytes come from in an update of `members`.
 
         Args:
             epoch: that of this rank's share as it is now, empty if there is none.
 
         Raises:
-            UnknownCheckpointError: not gathered.
+            UnknownCheckpointError: neither gathered nor loaded.
             CheckpointError: gathered before this rank's share was made.
         """
-        if name not in self._by_name:
+        known = self._by_name.get(name)
+        if known is None:
             raise UnknownCheckpointError(
                 f"{name!r} is registered but not gathered: call gather_metas first"
                 if name in registered
-                else f"{name!r} is neither registered nor gathered on rank {self._rank}, which has "
+                else f"{name!r} is neither registered, gathered nor loaded on rank {self._rank}, which has "
                 + _listed(registered)
             )
-        gathered_epoch, metas = self._by_name[name]
-        if epoch != gathered_epoch:
+        if known.fleets:
+            # Whichever fleet is read, the weights are the same: that was checked when they were loaded.
+            return Senders(
+                metas={},
+                outside={},
+                fleets=known.fleets,
+                digest=_digest_of(known.fleets),
+                content=content_digest(Sources.of_fleets(known.fleets).planned.values()),
+            )
+        if epoch != known.epoch:
             raise CheckpointError(f"{name!r} changed on rank {self._rank} since gather_metas: call it again")
-        return metas, hashlib.sha256(metas_to_json(metas)).hexdigest()
+        metas = known.metas
+        return Senders(
+            metas={rank: held for rank, held in metas.items() if rank in members},
+            outside={rank: held for rank, held in metas.items() if rank not in members and held.tensor_count},
+            fleets=(),
+            digest=_digest_of([metas]),
+            content=content_digest(metas.values()),
+        )
+
+
+def _digest_of(fleets: Sequence[Metas]) -> str:
+    return hashlib.sha256(b"\n".join(metas_to_json(metas) for metas in fleets)).hexdigest()
 
 
 def _listed(names: Sequence[str]) -> str:

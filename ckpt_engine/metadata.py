@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -66,11 +68,16 @@ class TensorMeta(_Model):
 
 
 class HostBufferMeta(_Model):
-    """A packed part of a host arena: `address` in the owner's process, `nbytes`, tensors by offset."""
+    """A packed part of a host arena: `address` in the owner's process, `nbytes`, tensors by offset.
+
+    `origin`: the epoch of the share that its bytes were copied from, where a replica keeps what it read by
+    P2P; empty: these are the rank's own.
+    """
 
     address: int = Field(ge=0)
     nbytes: int = Field(ge=0)
     tensors: tuple[TensorMeta, ...]
+    origin: str = ""
 
     @model_validator(mode="after")
     def _in_order(self) -> HostBufferMeta:
@@ -87,8 +94,9 @@ class HostBufferMeta(_Model):
 class RankMetas(_Model):
     """What one rank holds of one checkpoint, and who it is.
 
-    `epoch` changes whenever the rank's arena of that name is made or refilled; `p2p_address` and
-    `rdma_device` are None where the rank cannot be read by P2P.
+    `epoch` changes whenever the rank's arena of that name is made or refilled; `session` is the process's
+    own. A rank that can be read by P2P has a `p2p_address`, by `p2p_transport`, and grants leases at
+    `lease_address`; `rdma_device` is None where that is no RDMA device.
     """
 
     rank: int = Field(ge=0)
@@ -96,7 +104,11 @@ class RankMetas(_Model):
     host_ip: str
     device_uuid: str
     epoch: str
+    checkpoint: str = ""
+    session: str = ""
     p2p_address: str | None = None
+    p2p_transport: str | None = None
+    lease_address: str | None = None
     rdma_device: str | None = None
     buffers: tuple[HostBufferMeta, ...] = ()
 
@@ -108,6 +120,15 @@ class RankMetas(_Model):
     @property
     def tensor_count(self) -> int:
         return sum(len(buffer.tensors) for buffer in self.buffers)
+
+    @property
+    def readable(self) -> bool:
+        """Whether others can read it by P2P."""
+        return self.p2p_address is not None and self.lease_address is not None
+
+    def origin_of(self, buffer: HostBufferMeta) -> str:
+        """The epoch of the share in which these bytes were registered."""
+        return buffer.origin or self.epoch
 
 
 Metas = dict[int, RankMetas]
@@ -135,6 +156,20 @@ def metas_from_json(text: bytes | str) -> Metas:
         if held.rank != rank:
             raise CheckpointFormatError(f"metas of rank {rank} claim to be of rank {held.rank}")
     return metas
+
+
+def content_digest(metas: Iterable[RankMetas]) -> str:
+    """SHA-256 (hex) of what these ranks hold together: names, dtypes, shapes, and the shares they come from.
+
+    It does not matter who holds what, nor where: a replica has the digest of what it was made from.
+    """
+    lines = sorted(
+        json.dumps([tensor.name, tensor.dtype, tensor.shape, held.origin_of(buffer)])
+        for held in metas
+        for buffer in held.buffers
+        for tensor in buffer.tensors
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def topology(metas: Mapping[int, RankMetas]) -> dict[str, set[int]]:

@@ -31,12 +31,13 @@ from ckpt_engine.errors import (
     ConfigError,
     ErrorRecord,
 )
-from ckpt_engine.gathered import GatheredMetas
+from ckpt_engine.gathered import GatheredMetas, Senders
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import error_of
 from ckpt_engine.transport.vllm_groups import check_custom_dist
+from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession, purpose_of
@@ -111,6 +112,13 @@ class ParameterServer:
         )
         self._failed: dict[str, ErrorRecord] = {}
         self._gathered = GatheredMetas(self.rank)
+        self._p2p = P2PEnds(
+            self.settings,
+            self._device,
+            gpu_count=count,
+            local_rank=self.local_rank,
+            host_ip=self.settings.host_ip or host_ip(master_addr or self.settings.master_addr),
+        )
         self._me: Rank | None = None
         self._owns_default_group = False
         _OPEN.add(self)
@@ -165,11 +173,16 @@ class ParameterServer:
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Frees the memory of a checkpoint; that of one in the shared memory pool is kept for the next one.
 
-        An unknown name is only warned about.
+        An unknown name is only warned about. It waits until nobody reads the memory by P2P any more.
 
         Args:
-            force: frees the pool as well, unless another checkpoint is in it.
+            force: frees the pool as well, unless another checkpoint is in it; and the memory, though somebody
+                still reads it after CKPT_ENGINE_LEASE_TIMEOUT: their updates fail.
+
+        Raises:
+            CheckpointError: somebody still reads it. The memory stays; unregister it again.
         """
+        self._p2p.withdraw(checkpoint_name, force=force)
         self._gathered.forget(checkpoint_name)
         failed = self._failed.pop(checkpoint_name, None)
         if not self._registry.unregister(checkpoint_name, force=force) and failed is None:
@@ -207,7 +220,7 @@ class ParameterServer:
             if checkpoint_name in self._failed:
                 raise error_of(self._failed[checkpoint_name])
             blobs = round_.exchange(
-                metas_to_json({self.rank: self._metas_of(held)}),
+                metas_to_json({self.rank: self._metas_of(checkpoint_name, held)}),
                 deadline,
                 without_lost=ranks is None,
             )
@@ -223,10 +236,19 @@ class ParameterServer:
         """What was gathered or loaded last: rank -> what it holds."""
         return dict(self._gathered.shown)
 
-    def load_metas(self, metas: Metas) -> None:
-        """Replaces the senders' side by another fleet's metas, and derives its topology."""
+    def load_metas(self, metas: Metas | Sequence[Metas]) -> None:
+        """Replaces the senders' side of the checkpoint by another fleet's metas, and derives its topology.
+
+        Updates of that checkpoint, which need `ranks`, then read it by P2P from the other fleet. Of several
+        fleets that hold the same weights one is read, and the others are there in case its ranks die.
+
+        Raises:
+            CheckpointFormatError: the metas contradict themselves.
+            CheckpointError: they are of different weights, or of ranks that cannot be read by P2P.
+        """
+        fleets = [metas] if isinstance(metas, Mapping) else list(metas)
         # Through JSON: what another process sent is checked like what this one made.
-        self._gathered.show(metas_from_json(metas_to_json(metas)))
+        self._gathered.load([metas_from_json(metas_to_json(fleet)) for fleet in fleets])
 
     @property
     def remote_topology(self) -> dict[str, set[int]]:
@@ -252,8 +274,10 @@ class ParameterServer:
                 asks the engine to start receiving.
             timeout: until the update is decided. A failed one may take some seconds more: workers get 10 s to
                 leave their loops, or their memory could be freed under them.
-            ranks: those to update; None or empty: all. Of the others only those must call that hold a part
-                of the checkpoint: they take part without a worker.
+            ranks: those to update; None or empty: all. What others hold is read by P2P, while they go on with
+                what they do. Only those of them must call whose share cannot be read so (they published no
+                address, or none of `ranks` did): they take part without a worker. Whoever else calls
+                is not needed, and returns at once, with a report of no version.
             keep_buffers: keep the ring on the device for the next update: faster, but its memory is not the
                 engine's in between, nor while the post hooks run.
             on_progress: called with (bytes loaded by this rank's worker, bytes in all).
@@ -261,17 +285,20 @@ class ParameterServer:
         Raises:
             UpdateError: the update did not commit; every rank raises the same record.
             PublishError: it did, but `req_func` failed.
-            UnknownCheckpointError: not gathered since it was registered.
+            UnknownCheckpointError: not gathered since it was registered, nor loaded.
         """
         wanted = self._in_range(ranks, purpose_of(checkpoint_name))
-        members = self._gathered.members(checkpoint_name, wanted)
+        members = self._gathered.members(checkpoint_name, wanted, all_ranks=not ranks)
+        if self.rank not in members:
+            logger.info("rank %d is not needed in the update of %r on %s", self.rank, checkpoint_name, wanted)
+            return UpdateReport.not_needed(checkpoint_name)
         deadline = deadline_of(timeout)
         session = UpdateSession(
             me=self._rank(deadline),
             members=members,
             receives=self.rank in wanted,
             checkpoint_name=checkpoint_name,
-            prepare=lambda: self._prepare(checkpoint_name),
+            prepare=lambda: self._prepare(checkpoint_name, members),
             req_func=req_func,
             deadline=deadline,
             keep_buffers=keep_buffers,
@@ -289,10 +316,9 @@ class ParameterServer:
         )
         return report
 
-    def _prepare(self, checkpoint_name: str) -> tuple[HostCheckpoint | None, Metas, str]:
-        held = self._held(checkpoint_name)
-        metas, digest = self._gathered.of(checkpoint_name, held.epoch if held else "", self._registry.names())
-        return held, metas, digest
+    def _prepare(self, name: str, members: Sequence[int]) -> tuple[HostCheckpoint | None, Senders]:
+        held = self._held(name)
+        return held, self._gathered.of(name, held.epoch if held else "", self._registry.names(), members)
 
     def _in_range(self, ranks: Sequence[int] | None, purpose: str) -> list[int]:
         """The ranks, sorted; None or empty: all.
@@ -354,6 +380,7 @@ class ParameterServer:
             self.settings,
             self.mem_fraction,
             self._device,
+            self._p2p.reading,
             lambda: self._meeting_point(deadline),
             deadline,
         )
@@ -380,6 +407,7 @@ class ParameterServer:
                 self._owns_default_group = False
                 ending.callback(dist.destroy_process_group)
             ending.callback(self._registry.close)
+            ending.callback(self._p2p.close)
 
     def __enter__(self) -> ParameterServer:
         return self
@@ -391,14 +419,16 @@ class ParameterServer:
 
     # Metas
 
-    def _metas_of(self, held: HostCheckpoint | None) -> RankMetas:
+    def _metas_of(self, checkpoint_name: str, held: HostCheckpoint | None) -> RankMetas:
         return RankMetas(
             rank=self.rank,
             host=self.settings.host_id,
-            host_ip=host_ip(self._master_addr or self.settings.master_addr),
+            host_ip=self._p2p.host_ip,
             device_uuid=self._device.uuid(),
             epoch=held.epoch if held else "",
+            checkpoint=checkpoint_name,
             buffers=held.buffers if held else (),
+            **self._p2p.offer(held),
         )
 
 

@@ -57,6 +57,14 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("rdma_devices", "PS_P2P_STORE_RDMA_DEVICES")
     )
     nccl_ib_hca: str | None = Field(None, validation_alias=AliasChoices("nccl_ib_hca", "NCCL_IB_HCA"))
+    host_ip: str | None = Field(None, validation_alias=AliasChoices("host_ip", "PS_HOST_IP"))
+
+    # Ours: reads by P2P
+    p2p: Literal["auto", "on", "off"] = Field("auto", validation_alias=AliasChoices("p2p", "CKPT_ENGINE_P2P"))
+    p2p_readers: int = Field(4, ge=1, validation_alias=AliasChoices("p2p_readers", "CKPT_ENGINE_P2P_READERS"))
+    lease_timeout: float = Field(
+        60, gt=0, validation_alias=AliasChoices("lease_timeout", "CKPT_ENGINE_LEASE_TIMEOUT")
+    )
 
     # Ours: the slot ring
     slot_mib: float | None = Field(

@@ -65,6 +65,7 @@ class HostArena:
         self.huge_pages: bool | None = None
         self.populated = False
         self._unpin: Callable[[], object] | None = None
+        self._before_close: list[Callable[[], object]] = []
         self._threads = threads or default_threads()
         self._closed = False
         self._mapping: mmap.mmap | None = None  # None too for 0 bytes, which cannot be mapped
@@ -136,8 +137,14 @@ class HostArena:
         if mapping is not None and self._unpin is None:
             self._unpin = pin_while_alive(self, mapping, pinner, self.address, self.nbytes, read_only=False)
 
+    def before_close(self, call: Callable[[], object]) -> None:
+        """`call` is called before this memory is unpinned, and let go."""
+        self._before_close.append(call)
+
     def close(self) -> None:
         """Unpins the memory and lets go of it; it is freed with the last view. Idempotent."""
+        while self._before_close:
+            self._before_close.pop()()
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
             unpin()

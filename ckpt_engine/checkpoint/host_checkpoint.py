@@ -66,6 +66,11 @@ class HostCheckpoint:
         """Bytes of all tensors, without the padding between them."""
         return sum(tensor.nbytes for buffer in self.buffers for tensor in buffer.tensors)
 
+    @property
+    def memories(self) -> tuple[HostArena | MappedFile, ...]:
+        """What holds its bytes, each once."""
+        return (self.arena, *self.files)
+
     def view(self, buffer_index: int, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes [offset, offset + nbytes) of a host buffer: a 1-D uint8 tensor that shares the memory.
 

@@ -55,6 +55,7 @@ class MappedFile:
         self._file_nbytes = file_nbytes
         self._closed = False
         self._unpin: Callable[[], object] | None = None
+        self._before_close: list[Callable[[], object]] = []
         self._mapping: mmap.mmap | None = None  # None too for 0 bytes, which cannot be mapped
         self._bytes = torch.empty(0, dtype=torch.uint8)
         try:
@@ -152,8 +153,14 @@ class MappedFile:
                 error.strerror or error,
             )
 
+    def before_close(self, call: Callable[[], object]) -> None:
+        """`call` is called before this memory is unpinned, and let go."""
+        self._before_close.append(call)
+
     def close(self) -> None:
         """Unpins the map and lets go of it; it is freed with the last view. Idempotent."""
+        while self._before_close:
+            self._before_close.pop()()
         unpin, self._unpin = self._unpin, None
         if unpin is not None:
             unpin()

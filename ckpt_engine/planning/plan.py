@@ -7,7 +7,7 @@ place in the sequence, so a rank may use a slot as soon as the buckets it overla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -40,18 +40,31 @@ class Bucket:
     ranges: tuple[HostRange, ...]
 
 
+Assignment = Callable[[Sequence[tuple[int, Bucket]]], Sequence[tuple[int, int, Bucket]]]
+"""From (owner, bucket) to (receiver, owner, bucket), in the order of the reads."""
+
+
 @dataclass(kw_only=True, frozen=True, slots=True)
 class PlannedBucket:
-    """A bucket with its place in the sequence and in the ring; `waits_for` is -1 where nothing overlaps."""
+    """A bucket with its place in the sequence and in the ring; `waits_for` is -1 where nothing overlaps.
+
+    `receiver`: the member that reads it by P2P from an owner outside of the update; None: the owner is one.
+    """
 
     index: int
     bucket: Bucket
     ring_offset: int
     waits_for: int
+    receiver: int | None = None
 
     @property
     def owner(self) -> int:
         return self.bucket.owner
+
+    @property
+    def root(self) -> int:
+        """The member from which all others get it: the owner, or the receiver that reads it."""
+        return self.bucket.owner if self.receiver is None else self.receiver
 
     @property
     def nbytes(self) -> int:
@@ -63,7 +76,7 @@ class PlannedBucket:
 
 @dataclass(kw_only=True, frozen=True)
 class UpdatePlan:
-    """One update of one checkpoint. `staging_nbytes`: of each owner's staging buffer, 0 for none."""
+    """One update of one checkpoint. `staging_nbytes`: of each root's staging buffer, 0 for none."""
 
     checkpoint: str
     ring: RingShape
@@ -93,6 +106,10 @@ class UpdatePlan:
             sent[item.owner] = sent.get(item.owner, 0) + item.nbytes
         return dict(sorted(sent.items()))
 
+    def read_by(self, rank: int) -> tuple[PlannedBucket, ...]:
+        """The buckets that a rank reads by P2P, in sequence."""
+        return tuple(item for item in self.buckets if item.receiver == rank)
+
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data, for `ckpt-engine plan --json`."""
         return {
@@ -108,6 +125,7 @@ class UpdatePlan:
                 {
                     "index": item.index,
                     "owner": item.owner,
+                    "receiver": item.receiver,
                     "bytes": item.nbytes,
                     "ring_offset": item.ring_offset,
                     "waits_for": item.waits_for,
@@ -118,14 +136,17 @@ class UpdatePlan:
         }
 
 
-def cut_buckets(held: RankMetas, bucket_nbytes: int) -> Iterator[Bucket]:
+def cut_buckets(held: RankMetas, bucket_nbytes: int, owner: int | None = None) -> Iterator[Bucket]:
     """Cuts what one rank holds into buckets of at most `bucket_nbytes` (a larger tensor stands alone).
+
+    `owner`: the number that the rank has in the plan; None: its own.
 
     A tensor is never split, and begins at a multiple of 256 in its bucket. Tensors that are packed like
     that in their host buffer too need one copy for all of them. A layer of the engine that fits into a bucket
     is not split either, so that the engine need not keep a part of it. Where layers do not interleave, two
     adjacent buckets still hold more than `bucket_nbytes`.
     """
+    owner = held.rank if owner is None else owner
     rooms = spans(tensor for buffer in held.buffers for tensor in buffer.tensors)
     tensors: list[TensorLayout] = []
     ranges: list[HostRange] = []
@@ -136,7 +157,7 @@ def cut_buckets(held: RankMetas, bucket_nbytes: int) -> Iterator[Bucket]:
             layer_nbytes = rooms.get(tensor.name, 0)
             needed = layer_nbytes if layer_nbytes <= bucket_nbytes else 0
             if tensors and start + max(needed, tensor.nbytes) > bucket_nbytes:
-                yield Bucket(owner=held.rank, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
+                yield Bucket(owner=owner, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
                 tensors, ranges, start = [], [], 0
             last = ranges[-1] if ranges else None
             if (
@@ -153,15 +174,15 @@ def cut_buckets(held: RankMetas, bucket_nbytes: int) -> Iterator[Bucket]:
             tensors.append(TensorLayout(tensor.name, tensor.dtype, tensor.shape, start, tensor.nbytes))
             end = start + tensor.nbytes
     if tensors:
-        yield Bucket(owner=held.rank, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
+        yield Bucket(owner=owner, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
 
 
-def place(buckets: list[Bucket], ring: RingShape) -> tuple[PlannedBucket, ...]:
-    """Gives each bucket of the sequence adjacent slots, the ring walked round."""
+def place(buckets: Sequence[tuple[Bucket, int | None]], ring: RingShape) -> tuple[PlannedBucket, ...]:
+    """Gives each (bucket, receiver) of the sequence adjacent slots, the ring walked round."""
     planned: list[PlannedBucket] = []
     last_user = [-1] * ring.count
     cursor = 0
-    for index, bucket in enumerate(buckets):
+    for index, (bucket, receiver) in enumerate(buckets):
         taken = ring.slots_for(bucket.nbytes)
         if cursor + taken > ring.count:
             cursor = 0
@@ -169,7 +190,11 @@ def place(buckets: list[Bucket], ring: RingShape) -> tuple[PlannedBucket, ...]:
         last_user[cursor : cursor + taken] = [index] * taken
         planned.append(
             PlannedBucket(
-                index=index, bucket=bucket, ring_offset=cursor * ring.slot_nbytes, waits_for=waits_for
+                index=index,
+                bucket=bucket,
+                ring_offset=cursor * ring.slot_nbytes,
+                waits_for=waits_for,
+                receiver=receiver,
             )
         )
         cursor = (cursor + taken) % ring.count
@@ -184,20 +209,26 @@ def make_plan(
     slot_count: int,
     budget: int,
     staging: bool = False,
+    outside: Mapping[int, RankMetas] | None = None,
+    assign: Assignment | None = None,
 ) -> UpdatePlan:
     """The plan of an update.
 
     Args:
+        metas: what the members hold, by rank.
         slot_nbytes, slot_count: the wanted ring.
         budget: bytes of device memory that the ring, and the staging buffer, may take on every rank.
-        staging: whether owners copy ahead into staging buffers, if the budget allows.
+        staging: whether roots copy ahead into staging buffers, if the budget allows.
+        outside: what is read by P2P, by the numbers of its owners.
+        assign: says who reads it, and in which order; needed where anything is.
 
     Raises:
         PlanError: a tensor held twice, nothing held at all, or too little memory.
     """
     owners: dict[str, int] = {}
     largest = total = 0
-    for rank, held in sorted(metas.items()):
+    outside = outside or {}
+    for rank, held in [*sorted(metas.items()), *sorted(outside.items())]:
         for buffer in held.buffers:
             for tensor in buffer.tensors:
                 other = owners.get(tensor.name)
@@ -220,9 +251,33 @@ def make_plan(
         "budget": budget,
     }
     ring, staging_nbytes = shape_ring_and_staging(**wanted) if staging else (shape_ring(**wanted), 0)
-    per_owner = [list(cut_buckets(held, ring.slot_nbytes)) for _, held in sorted(metas.items())]
-    # Owners in turn: their copies to the device run at the same time.
-    sequence = [bucket for turn in zip_longest(*per_owner) for bucket in turn if bucket is not None]
+    sequence = _sequence(metas, outside, ring.slot_nbytes, assign)
     return UpdatePlan(
         checkpoint=checkpoint, ring=ring, buckets=place(sequence, ring), staging_nbytes=staging_nbytes
     )
+
+
+def _sequence(
+    metas: Mapping[int, RankMetas],
+    outside: Mapping[int, RankMetas],
+    slot_nbytes: int,
+    assign: Assignment | None,
+) -> list[tuple[Bucket, int | None]]:
+    """Every (bucket, receiver): roots in turn, so that their copies to the device, and their reads, run at
+    the same time; what is read, in the order of the assignment."""
+    columns: list[list[tuple[Bucket, int | None]]] = [
+        [(bucket, None) for bucket in cut_buckets(held, slot_nbytes)] for _, held in sorted(metas.items())
+    ]
+    to_read = [
+        (number, bucket)
+        for number, held in sorted(outside.items())
+        for bucket in cut_buckets(held, slot_nbytes, number)
+    ]
+    if to_read:
+        assert assign is not None
+        reads: list[tuple[Bucket, int | None]] = [
+            (bucket, receiver) for receiver, _, bucket in assign(to_read)
+        ]
+        receivers = len({receiver for _, receiver in reads})
+        columns += [reads[start::receivers] for start in range(receivers)]
+    return [bucket for turn in zip_longest(*columns) for bucket in turn if bucket is not None]

@@ -19,7 +19,8 @@ class Mover(Protocol):
     """Moves buckets to this rank's ring; every rank calls `deliver` for every bucket, in sequence."""
 
     def stage_ahead(self) -> None:
-        """Copies buckets that this rank owns ahead of their turn, as far as there is room. Cheap if not."""
+        """Copies buckets of which this rank is the root ahead of their turn, as far as there is room and they
+        are here. Cheap if not."""
         ...
 
     def is_sent_on(self, index: int) -> bool:
@@ -44,15 +45,16 @@ class DirectMover:
 
     def deliver(self, item: PlannedBucket) -> None:
         part = self._part
+        part.wait(lambda: part.is_here(item), "its bytes, read by P2P,", item.index)
         with part.device.use_copy_stream():
             part.copy_from_host(item, part.slots(item))
             part.ring.mark_ready(item.index)
 
 
 class GroupMover:
-    """For ranks with a device each: the owner's copy to its device, then a broadcast among them.
+    """For ranks with a device each: the root's copy to its device, then a broadcast among them.
 
-    With a staging buffer an owner copies its next bucket while others broadcast theirs, so that all owners'
+    With a staging buffer a root copies its next bucket while others broadcast theirs, so that all roots'
     copies run at the same time; without one (too little memory) copies and broadcasts take turns.
     """
 
@@ -60,12 +62,14 @@ class GroupMover:
         self._part = part
         self._members = members
         self._group = group
-        self._own = deque(item for item in part.plan.buckets if item.owner == part.rank)
+        self._own = deque(item for item in part.plan.buckets if item.root == part.rank)
         self._filled: PlannedBucket | None = None
         self._staging = part.staging
 
     def stage_ahead(self) -> None:
         if self._staging is None or self._filled is not None or not self._own:
+            return
+        if not self._part.is_here(self._own[0]):
             return
         item = self._own.popleft()
         with at_work_on(item), self._part.device.use_copy_stream():
@@ -79,19 +83,24 @@ class GroupMover:
     def deliver(self, item: PlannedBucket) -> None:
         part = self._part
         self.stage_ahead()
+        if item.root == part.rank:
+            part.wait(
+                lambda: self._filled is item or part.is_here(item), "its bytes, read by P2P,", item.index
+            )
+            self.stage_ahead()
         with part.device.use_broadcast_stream():
             slots = part.slots(item)
-            if item.owner == part.rank:
+            if item.root == part.rank:
                 self._bring(item)
             with part.recorder.on_stream(BROADCAST, item):
                 self._group.broadcast(
-                    slots, self._members.index(item.owner), part.deadline, poll=lambda: part.reactor.turn(0)
+                    slots, self._members.index(item.root), part.deadline, poll=lambda: part.reactor.turn(0)
                 )
             part.ring.mark_ready(item.index)
         self.stage_ahead()
 
     def _bring(self, item: PlannedBucket) -> None:
-        """The owner's bytes, from its staging buffer or straight from its host memory."""
+        """The root's bytes, from its staging buffer or straight from its host memory."""
         part = self._part
         if self._staging is None:
             part.copy_from_host(item, part.slots(item))

@@ -1,7 +1,7 @@
 """Buckets between ranks whose rings lie in host memory: copied inside a host, broadcast between hosts.
 
-Inside a host every rank copies a bucket from its source's ring: the owner's, or, on a host without the
-owner, that of the host's first rank (its *leader*), which gets it from the owner's host.
+Inside a host every rank copies a bucket from its source's ring: the root's, or, on a host without the
+root, that of the host's first rank (its *leader*), which gets it from the root's host.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class Hosts:
     def leader_of(self, rank: int) -> int:
         return self.local_ranks(rank)[0]
 
-    def source_for(self, rank: int, owner: int) -> int:
-        """The rank on `rank`'s host from whose ring a bucket of `owner` is copied."""
-        return owner if self.by_rank[owner] == self.by_rank[rank] else self.leader_of(rank)
+    def source_for(self, rank: int, root: int) -> int:
+        """The rank on `rank`'s host from whose ring a bucket of `root` is copied."""
+        return root if self.by_rank[root] == self.by_rank[rank] else self.leader_of(rank)
 
 
 class HostMover:
@@ -52,8 +52,8 @@ class HostMover:
         self._between_hosts = between_hosts
         rank, buckets = part.rank, part.plan.buckets
         self._readers = [other for other in hosts.local_ranks(rank) if other != rank]
-        self._own = deque(item for item in buckets if item.owner == rank)
-        self._sources = [hosts.source_for(rank, item.owner) for item in buckets]
+        self._own = deque(item for item in buckets if item.root == rank)
+        self._sources = [hosts.source_for(rank, item.root) for item in buckets]
         self._unread = deque(index for index, source in enumerate(self._sources) if source == rank)
         self._staged: set[int] = set()
         self._copies = [0] * len(buckets)
@@ -66,7 +66,7 @@ class HostMover:
             self._copies[bucket] += 1
 
     def stage_ahead(self) -> None:
-        while self._own and self._free(self._own[0]):
+        while self._own and self._free(self._own[0]) and self._part.is_here(self._own[0]):
             item = self._own.popleft()
             with at_work_on(item):
                 self._part.copy_from_host(item, self._part.slots(item))
@@ -91,7 +91,7 @@ class HostMover:
         """Also sends the bucket on, where that is this rank's part."""
         rank = self._part.rank
         source = self._sources[item.index]
-        root_leader = self._hosts.leader_of(item.owner)
+        root_leader = self._hosts.leader_of(item.root)
         is_leader = rank in self._hosts.leaders
         if is_leader and rank != root_leader:
             self._between(item, root_leader)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import msgspec
 
-from ckpt_engine.errors import ProtocolError
+from ckpt_engine.errors import P2PUnavailable, ProtocolError
 from ckpt_engine.update.rank import Rank
+
+
+class ReadsByP2P(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether a rank can read by P2P, where anything is to be read: by which `transport` (empty: it cannot,
+    and `problem` says why), through which RDMA device. `first_fleet`: which of several fleets admitted this
+    update, if it is the first member's."""
+
+    transport: str = ""
+    problem: str = ""
+    rdma_device: str = ""
+    first_fleet: int = 0
 
 
 class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rank's. `free_memory`: bytes that the update may take; `memory_pool`: where from. `handle`: its
-    worker's, empty where it only gives what it holds."""
+    worker's, empty where it only gives what it holds. `token`: a secret of this update, if it is the first
+    member's. `p2p`: what it says of reading by P2P."""
 
     host: str
     device_type: str
@@ -28,9 +39,10 @@ class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metas_digest: str
     token: str
     group_name: str
+    p2p: ReadsByP2P
 
 
-def introduce(me: Rank, handle: str, metas_digest: str) -> Introduction:
+def introduce(me: Rank, handle: str, metas_digest: str, token: str, p2p: ReadsByP2P) -> Introduction:
     """This rank's introduction; `handle`: its worker's."""
     return Introduction(
         host=me.settings.host_id,
@@ -43,8 +55,9 @@ def introduce(me: Rank, handle: str, metas_digest: str) -> Introduction:
         slot_nbytes=me.settings.slot_nbytes(me.device.type),
         slot_count=me.settings.slot_count,
         metas_digest=metas_digest,
-        token=secrets.token_hex(16),
+        token=token,
         group_name=me.group_name,
+        p2p=p2p,
     )
 
 
@@ -88,6 +101,37 @@ class Meeting:
     def token(self) -> str:
         """A secret of this update, the first member's."""
         return self.by_rank[self.members[0]].token
+
+    @property
+    def first_fleet(self) -> int:
+        return self.by_rank[self.members[0]].p2p.first_fleet
+
+    def readers(self, transports: Collection[str | None]) -> dict[str, set[int]]:
+        """`{rdma_device}@{host}` -> the updated ranks behind it that can read by P2P.
+
+        Args:
+            transports: those by which the owners can be read.
+
+        Raises:
+            P2PUnavailable: there is none.
+        """
+        found: dict[str, set[int]] = {}
+        problems = []
+        for rank, other in self.by_rank.items():
+            if not other.handle:
+                continue
+            if set(transports) == {other.p2p.transport}:
+                device = other.p2p.rdma_device or other.p2p.transport
+                found.setdefault(f"{device}@{other.host}", set()).add(rank)
+            else:
+                owners = "/".join(sorted(map(str, transports)))
+                problems.append(
+                    f"rank {rank}: "
+                    + (other.p2p.problem or f"it reads by {other.p2p.transport}, the owners by {owners}")
+                )
+        if not found:
+            raise P2PUnavailable(f"none of the ranks can read by P2P: {'; '.join(problems)}")
+        return found
 
     @property
     def slot_nbytes(self) -> int:

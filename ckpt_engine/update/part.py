@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -23,10 +24,23 @@ PAUSE_SECONDS = 0.0001
 """Between two looks at a device's events: far below the milliseconds that a slot's copy takes."""
 
 
+class Reader(Protocol):
+    """Reads this rank's buckets by P2P ahead of their turn (`update.p2p_reader`), and wakes the reactor."""
+
+    def view(self, item: PlannedBucket) -> torch.Tensor | None:
+        """The bucket's bytes in host memory; None while they are still on their way."""
+        ...
+
+    def let_go(self, item: PlannedBucket) -> None:
+        """Nobody looks at these bytes any more: others may take their place."""
+        ...
+
+
 @dataclass(kw_only=True)
 class Part:
-    """`while_waiting` is called before each look at the sockets: work that may be done ahead. It returns
-    whether copies are on their way to the ring, whose end it has to look for."""
+    """`reader`: brings what this rank reads by P2P. `while_waiting` is called before each look at the
+    sockets: work that may be done ahead. It returns whether copies are on their way to the ring, whose end it
+    has to look for."""
 
     plan: UpdatePlan
     rank: int
@@ -38,6 +52,7 @@ class Part:
     reactor: Reactor
     deadline: Deadline
     reply_timeout: float
+    reader: Reader | None = None
     recorder: Recorder = NO_RECORDER
     while_waiting: Callable[[], bool] = lambda: False
 
@@ -102,15 +117,34 @@ class Part:
         """The bucket's place in this rank's ring."""
         return self.ring.view(item.ring_offset, item.nbytes)
 
+    def is_here(self, item: PlannedBucket) -> bool:
+        """Whether a bucket of which this rank is the root lies in host memory."""
+        return item.receiver is None or self._reader.view(item) is not None
+
     def copy_from_host(self, item: PlannedBucket, target: torch.Tensor) -> None:
-        """Enqueues the copies of a bucket that this rank owns from its host buffers to `target`."""
-        assert self.checkpoint is not None
+        """Enqueues the copies to `target` of a bucket of which this rank is the root; it is here."""
         with self.recorder.on_stream(H2D, item):
+            if item.receiver is not None:
+                read = self._reader.view(item)
+                assert read is not None
+                self.device.copy(target, read)
+                return
+            assert self.checkpoint is not None
             for part in item.bucket.ranges:
                 self.device.copy(
                     target[part.bucket_offset : part.bucket_offset + part.nbytes],
                     self.checkpoint.view(part.buffer, part.offset, part.nbytes),
                 )
+
+    def let_go(self, item: PlannedBucket) -> None:
+        """The bucket lies in the ring: what this rank read of it is needed no more."""
+        if item.receiver == self.rank:
+            self._reader.let_go(item)
+
+    @property
+    def _reader(self) -> Reader:
+        assert self.reader is not None
+        return self.reader
 
 
 @contextmanager

@@ -1,10 +1,11 @@
-"""Moves the plan's buckets: owner's host memory -> every rank's ring -> its worker.
+"""Moves the plan's buckets: the root's host memory -> every rank's ring -> its worker.
 
 One thread walks the plan's sequence on every rank. A rank takes bucket i once the bucket whose slots it
 needs has been given back, which no later bucket can delay: that is why no cycle of waits can form. While
 it waits, it announces the buckets that have arrived in its ring and need not be read from there by other
-ranks any more, and stages the buckets it owns ahead of the others, so that all owners' copies run in
-parallel.
+ranks any more, and stages the buckets of which it is the root ahead of the others, so that all roots' copies
+run in parallel. What it reads by P2P is read ahead as well, in another thread: bucket k+1 arrives while k is
+broadcast and k-1 reloaded.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Pipeline:
                 return True
             if not self._mover.is_sent_on(item.index):
                 return False
+            self._part.let_go(item)
             self._part.channel.announce(item.index)
             self._on_the_way.popleft()
             if self._part.channel.connected:

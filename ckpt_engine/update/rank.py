@@ -20,6 +20,7 @@ from ckpt_engine.transport.bootstrap import MeetingPoint
 from ckpt_engine.transport.collectives import Collectives
 from ckpt_engine.transport.control import Control
 from ckpt_engine.update.buffers import Buffers
+from ckpt_engine.update.reading import Reading
 
 
 @dataclass(kw_only=True)
@@ -31,6 +32,7 @@ class Rank:
     mem_fraction: float
     device: Device
     buffers: Buffers
+    reading: Reading
     control: Control
     directory: SocketDirectory
     zmq_ctx: zmq.Context[zmq.Socket[bytes]]
@@ -45,6 +47,7 @@ class Rank:
         settings: Settings,
         mem_fraction: float,
         device: Device,
+        reading: Reading,
         meeting_point: Callable[[], MeetingPoint],
         deadline: Deadline,
     ) -> Rank:
@@ -71,6 +74,7 @@ class Rank:
             mem_fraction=mem_fraction,
             device=device,
             buffers=Buffers(device),
+            reading=reading,
             control=control,
             directory=directory,
             zmq_ctx=zmq.Context(),
@@ -104,10 +108,11 @@ class Rank:
             group.close()
 
     def close(self) -> None:
-        """Frees the buffers, leaves the groups and the control plane, removes the sockets."""
+        """Frees the buffers, ends reads, leaves the groups and the control plane, removes the sockets."""
         with ExitStack() as ending:  # The last first, and each whatever the others raise.
             ending.callback(self.zmq_ctx.term)
             ending.callback(self.directory.close)
             ending.callback(self.control.close)
             ending.callback(self.drop_groups)
+            ending.callback(self.reading.close)
             ending.callback(self.buffers.free)

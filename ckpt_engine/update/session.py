@@ -8,10 +8,12 @@ so it is interrupted in any wait.
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 
@@ -27,17 +29,19 @@ from ckpt_engine.errors import (
     UpdateTimeout,
     clear_frames,
 )
+from ckpt_engine.gathered import Senders
 from ckpt_engine.ipc.messages import Begin
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
-from ckpt_engine.metadata import Metas
 from ckpt_engine.planning.plan import UpdatePlan, make_plan
 from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
+from ckpt_engine.update.inflow import Inflow
 from ckpt_engine.update.introduction import Meeting, introduce
 from ckpt_engine.update.movers import make_mover
 from ckpt_engine.update.no_worker import Channel, NoWorker
+from ckpt_engine.update.p2p_reader import P2PReader
 from ckpt_engine.update.part import Part
 from ckpt_engine.update.pipeline import Pipeline
 from ckpt_engine.update.rank import Rank
@@ -59,7 +63,13 @@ def purpose_of(checkpoint_name: str) -> str:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class UpdateReport:
-    """A committed update, as this rank saw it. `nbytes`: of all tensors; `stages`: seconds of each."""
+    """A committed update, as this rank saw it. `nbytes`: of all tensors; `stages`: seconds of each.
+
+    `content`: the digest of the weights (`metadata.content_digest`). `transport`: by which this rank read
+    `p2p_nbytes` bytes of tensors from owners outside of the update, empty where it read none. `lost_sources`:
+    owners that could not be read to the end, in whose place others were.
+    A rank that was not needed has no version, and no tensors.
+    """
 
     checkpoint: str
     version: str
@@ -69,6 +79,24 @@ class UpdateReport:
     ring_nbytes: int
     seconds: float
     stages: dict[str, float]
+    content: str = ""
+    transport: str = ""
+    p2p_nbytes: int = 0
+    lost_sources: tuple[str, ...] = ()
+
+    @classmethod
+    def not_needed(cls, checkpoint: str) -> UpdateReport:
+        """Of a rank that took no part."""
+        return cls(
+            checkpoint=checkpoint,
+            version="",
+            tensors=0,
+            nbytes=0,
+            buckets=0,
+            ring_nbytes=0,
+            seconds=0.0,
+            stages={},
+        )
 
 
 @dataclass(kw_only=True)
@@ -76,15 +104,15 @@ class UpdateSession:
     """Runs one update on one of its `members`.
 
     `receives`: whether this rank's worker is to be updated, too. `keep_buffers`: keep the ring for the next
-    update instead of freeing it before the post hooks run. `prepare` returns this rank's share, the
-    metas and their digest, or raises.
+    update instead of freeing it before the post hooks run. `prepare` returns this rank's share, and where all
+    bytes come from, or raises.
     """
 
     me: Rank
     members: tuple[int, ...]
     receives: bool
     checkpoint_name: str
-    prepare: Callable[[], tuple[HostCheckpoint | None, Metas, str]]
+    prepare: Callable[[], tuple[HostCheckpoint | None, Senders]]
     req_func: Callable[[SocketPaths], object]
     deadline: Deadline
     keep_buffers: bool = False
@@ -96,6 +124,7 @@ class UpdateSession:
     _met: bool = False
     _channel: Channel | None = None
     _links: HostLinks | None = None
+    _inflow: Inflow | None = None
     _request: EngineRequest | None = None
     _pipeline: Pipeline | None = None
     _recorder: Recorder = NO_RECORDER
@@ -136,6 +165,7 @@ class UpdateSession:
             ring_nbytes=plan.ring.nbytes,
             seconds=time.monotonic() - self._started,
             stages=self._stages,
+            **self._inflow_of_report(),
         )
 
     # The stages
@@ -149,13 +179,21 @@ class UpdateSession:
     def _begin(self, round_: Round) -> UpdatePlan:
         """Meets the other ranks, makes the plan, the ring and the links, and asks the engine."""
         me = self.me
-        checkpoint, metas, digest = self.prepare()
+        checkpoint, senders = self.prepare()
+        self._inflow = inflow = Inflow(
+            me=me,
+            senders=senders,
+            leads=me.rank == self.members[0],
+            token=secrets.token_hex(16),
+            deadline=self.deadline,
+        )
+        p2p = inflow.prepare()
         channel: Channel = NoWorker()
         if self.receives:
             channel = WorkerChannel(me.zmq_ctx, me.directory, me.device.uuid(), self._reactor)
         self._channel = channel
         self._links = HostLinks(me.directory.peer_path, me.rank, self._reactor)
-        mine = msgspec.json.encode(introduce(me, channel.handle, digest))
+        mine = msgspec.json.encode(introduce(me, channel.handle, senders.digest, inflow.token, p2p))
         blobs = round_.exchange(mine, self.deadline)
         self._met = True
         wake = round_.watch()
@@ -163,30 +201,34 @@ class UpdateSession:
         meeting = Meeting.of(round_.name, blobs)
         self._recorder.met(meeting.token, len(meeting.members))
         meeting.check(me.rank)
+        outside, assign = inflow.plan_reads(meeting)
         plan = make_plan(
             self.checkpoint_name,
-            metas,
+            senders.metas,
+            outside=outside,
+            assign=assign,
             slot_nbytes=meeting.slot_nbytes,
             slot_count=meeting.slot_count,
             budget=meeting.budget,
-            # In host memory owners stage in their rings, from which the others copy.
+            # In host memory roots stage in their rings, from which the others copy.
             staging=len(meeting.members) > 1 and not meeting.in_host_memory,
         )
         self._recorder.planned(plan)
         ring = me.buffers.ring(plan.ring.nbytes, plan.ring.count)
-        is_owner = me.rank in plan.owners()
+        is_root = any(item.root == me.rank for item in plan.buckets)
         part = Part(
             plan=plan,
             rank=me.rank,
             checkpoint=checkpoint,
             device=me.device,
             ring=ring,
-            staging=me.buffers.staging(plan.staging_nbytes if is_owner else 0),
+            staging=me.buffers.staging(plan.staging_nbytes if is_root else 0),
             channel=channel,
             reactor=self._reactor,
             deadline=self.deadline,
             reply_timeout=me.settings.reply_timeout,
             recorder=self._recorder,
+            reader=self._start_reads(inflow, plan, meeting),
         )
         channel.begin(
             Begin(
@@ -205,6 +247,12 @@ class UpdateSession:
         mover = make_mover(me, meeting, part, self._links)
         self._pipeline = Pipeline(part, mover, self._progress_of(plan))
         return plan
+
+    def _start_reads(self, inflow: Inflow, plan: UpdatePlan, meeting: Meeting) -> P2PReader | None:
+        reader = inflow.start(plan, meeting, self._recorder)
+        if reader is not None:
+            self._reactor.add(reader.fileno(), reader.check)
+        return reader
 
     def _ask(self, socket_paths: SocketPaths) -> None:
         self._request = request = EngineRequest(self.req_func, socket_paths)
@@ -341,7 +389,11 @@ class UpdateSession:
         with ExitStack() as ending:  # The last first, and each whatever the others raise.
             if self.me.settings.release_groups:
                 ending.callback(self.me.drop_groups)
+            if self._inflow is not None:
+                ending.callback(self._inflow.close)
             ending.callback(self._close_buffers)
+            if self._inflow is not None:
+                ending.callback(self._inflow.stop)
             if self._links is not None:
                 ending.callback(self._links.close)
             if self._request is not None:
@@ -351,6 +403,9 @@ class UpdateSession:
             # The worker's sockets first: an engine that waits on them lets req_func return.
             if self._channel is not None:
                 ending.callback(self._channel.close)
+
+    def _inflow_of_report(self) -> dict[str, Any]:
+        return self._inflow.report() if self._inflow is not None else {}
 
     def _close_buffers(self) -> None:
         if self._stuck:

@@ -193,7 +193,7 @@ def metas(kind: str) -> str:
 def test_metas_that_do_not_fit_are_refused_and_change_nothing(world: World, kind: str) -> None:
     seed = world.new_checkpoint()
     before = world.answers_to("state")
-    world.fleet.tell("load_metas", world.alive, text=metas(kind))
+    world.fleet.tell("load_metas", world.alive, texts=[metas(kind)])
     for answer in fails(world, "metas that do not fit").values():
         assert answer["error"] == "CheckpointFormatError"
     after = world.answers_to("state")

@@ -27,7 +27,7 @@ import torch
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
-from ckpt_engine.metadata import metas_from_json
+from ckpt_engine.metadata import metas_from_json, metas_to_json
 from tests.support.checkpoints import share_of
 from tests.support.steered_worker import limit_address_space, say
 
@@ -77,8 +77,12 @@ class SteeredRankProcess:
     def gather(self, name: str, ranks: list[int] | None = None) -> None:
         self.ps.gather_metas(name, timeout=120, ranks=ranks)
 
-    def load_metas(self, text: str) -> None:
-        self.ps.load_metas(metas_from_json(text))
+    def load_metas(self, texts: list[str]) -> None:
+        self.ps.load_metas([metas_from_json(text) for text in texts])
+
+    def metas(self) -> dict[str, Any]:
+        """What was gathered last, as JSON."""
+        return {"metas": metas_to_json(self.ps.get_metas()).decode()}
 
     def forge(self, name: str) -> None:
         """From now on this rank believes that it gathered one tensor less."""
@@ -134,7 +138,14 @@ class SteeredRankProcess:
 
         with limited(limit, file_limit):
             report = self.ps.update(name, req_func, timeout=120, ranks=ranks, on_progress=on_progress)
-        return {"version": report.version, "buckets": report.buckets}
+        return {
+            "version": report.version,
+            "buckets": report.buckets,
+            "content": report.content,
+            "transport": report.transport,
+            "p2p_nbytes": report.p2p_nbytes,
+            "lost_sources": report.lost_sources,
+        }
 
     def do(self, what: str, arguments: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"error": None, "message": ""}

@@ -40,7 +40,7 @@ def test_what_a_lost_rank_may_have_held_is_not_left_out_in_silence(gathered: Gat
     with pytest.raises(CheckpointError, match=r"rank 1 \(its process ended\).*ranks=\[0, 2\]"):
         gathered.put("new", metas(r0=["a"], r2=["b"]), GONE, ["new"])
     with pytest.raises(CheckpointError):
-        gathered.of("new", "epoch-0", ["new"])
+        gathered.of("new", "epoch-0", ["new"], [0, 2])
 
 
 def test_what_a_lost_rank_held_is_named(gathered: GatheredMetas) -> None:
@@ -52,14 +52,31 @@ def test_what_a_lost_rank_held_is_named(gathered: GatheredMetas) -> None:
 def test_once_others_hold_it_all_a_lost_rank_is_no_loss(gathered: GatheredMetas) -> None:
     gathered.put("step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
     gathered.put("step", metas(r0=["a", "b"], r2=["c"]), GONE, ["step"])
-    assert set(gathered.of("step", "epoch-0", ["step"])[0]) == {0, 2}
+    assert set(gathered.of("step", "epoch-0", ["step"], [0, 2]).metas) == {0, 2}
 
 
-def test_a_rank_that_neither_receives_nor_owns_must_not_call(gathered: GatheredMetas) -> None:
-    gathered.put("step", metas(r0=[], r1=["b"]), {}, ["step"])
+def readable(held: Metas, *ranks: int) -> Metas:
+    """These ranks published addresses."""
+    address = {"p2p_address": "10.0.0.1:1", "lease_address": "10.0.0.1:2", "p2p_transport": "tcp"}
+    return held | {rank: held[rank].model_copy(update=address) for rank in ranks}
+
+
+def test_owners_that_nobody_can_read_are_needed(gathered: GatheredMetas) -> None:
+    gathered.put("step", metas(r0=[], r1=["b"], r2=[]), {}, ["step"])
     assert gathered.members("step", [0]) == (0, 1)
-    with pytest.raises(ConfigError, match="rank 0 is not among them"):
-        gathered.members("step", [1])
+    assert gathered.members("step", [1]) == (1,)
+
+
+def test_owners_that_can_be_read_are_not_needed_by_those_who_can_read(gathered: GatheredMetas) -> None:
+    held = metas(r0=["a"], r1=["b"], r2=["c"], r3=[])
+    gathered.put("step", readable(held, 0, 1), {}, ["step"])
+    assert gathered.members("step", [0]) == (0, 2), "nobody can read rank 2"
+    assert gathered.members("step", [3]) == (0, 1, 2, 3), "rank 3 cannot read"
+    assert gathered.members("step", [1, 3]) == (1, 2, 3)
+    senders = gathered.of("step", "epoch-0", ["step"], [0, 2])
+    assert (set(senders.metas), set(senders.outside)) == ({0, 2}, {1})
+    assert senders.has_sources
+    assert not gathered.of("step", "epoch-0", ["step"], [0, 1, 2]).has_sources
 
 
 def test_a_device_that_two_ranks_have_is_refused(gathered: GatheredMetas) -> None:
@@ -68,4 +85,4 @@ def test_a_device_that_two_ranks_have_is_refused(gathered: GatheredMetas) -> Non
     with pytest.raises(ConfigError, match=r"ranks 0 and 1 both have device CPU-h-0.*CKPT_ENGINE_DEVICE_UUID"):
         gathered.put("step", held, {}, ["step"])
     with pytest.raises(CheckpointError):
-        gathered.of("step", "epoch-0", ["step"])
+        gathered.of("step", "epoch-0", ["step"], [0, 1])

@@ -33,6 +33,10 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "PS_MAX_BUCKET_SIZE_GB": ("max_bucket_size_gb", "0.25", 0.25),
     "PS_P2P_STORE_RDMA_DEVICES": ("rdma_devices", "mlx5_0,mlx5_1", "mlx5_0,mlx5_1"),
     "NCCL_IB_HCA": ("nccl_ib_hca", "^=mlx5_2", "^=mlx5_2"),
+    "PS_HOST_IP": ("host_ip", "10.0.0.9", "10.0.0.9"),
+    "CKPT_ENGINE_P2P": ("p2p", "off", "off"),
+    "CKPT_ENGINE_P2P_READERS": ("p2p_readers", "2", 2),
+    "CKPT_ENGINE_LEASE_TIMEOUT": ("lease_timeout", "2.5", 2.5),
     "CKPT_ENGINE_SLOT_MIB": ("slot_mib", "1.5", 1.5),
     "CKPT_ENGINE_SLOT_COUNT": ("slot_count", "5", 5),
     "CKPT_ENGINE_HOST_ID": ("host_id_override", "node-7", "node-7"),
@@ -71,8 +75,8 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
-    if value == "vllm_nccl":
-        return "vllm_gloo"
+    if value in (others := {"vllm_nccl": "vllm_gloo", "off": "on"}):
+        return others[str(value)]
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 
 

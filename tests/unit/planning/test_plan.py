@@ -292,6 +292,7 @@ def test_the_dict_form_is_json_and_says_what_the_plan_says(
         assert bucket == {
             "index": item.index,
             "owner": item.owner,
+            "receiver": None,
             "bytes": item.nbytes,
             "ring_offset": item.ring_offset,
             "waits_for": item.waits_for,

@@ -148,11 +148,14 @@ def test_a_bucket_takes_whole_slots_and_at_least_one(nbytes: int, slots: int) ->
 def placed(bucket_sizes: list[int], ring: RingShape) -> tuple[PlannedBucket, ...]:
     return place(
         [
-            Bucket(
-                owner=0,
-                nbytes=nbytes,
-                tensors=(TensorLayout(str(number), "uint8", (nbytes,), 0, nbytes),),
-                ranges=(),
+            (
+                Bucket(
+                    owner=0,
+                    nbytes=nbytes,
+                    tensors=(TensorLayout(str(number), "uint8", (nbytes,), 0, nbytes),),
+                    ranges=(),
+                ),
+                None,
             )
             for number, nbytes in enumerate(bucket_sizes)
         ],

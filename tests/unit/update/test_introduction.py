@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from ckpt_engine.errors import ProtocolError
-from ckpt_engine.update.introduction import Introduction, Meeting
+from ckpt_engine.update.introduction import Introduction, Meeting, ReadsByP2P
 
 GIB = 2**30
 
@@ -26,6 +26,7 @@ def introduction(rank: int, **changes: object) -> Introduction:
         metas_digest="d",
         token=f"token{rank}",
         group_name="",
+        p2p=ReadsByP2P(),
     )
     return msgspec.structs.replace(plain, **changes)
 

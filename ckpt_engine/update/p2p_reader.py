@@ -1,0 +1,288 @@
+"""Reads a receiver's buckets by P2P, in a thread of its own, ahead of their turn.
+
+A bucket counts as here only once each owner has said, after the read, that the lease on its share still
+holds: so no byte of a share that was freed or refilled meanwhile reaches an engine. When an owner cannot be
+read any more, what is still to come of it is read from others that hold the same bytes, if there are any.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.errors import ErrorRecord, P2PError, PlanError, UpdateError
+from ckpt_engine.metadata import RankMetas
+from ckpt_engine.planning.plan import PlannedBucket
+from ckpt_engine.planning.sources import Extent, Sources
+from ckpt_engine.timeline.recorder import Recorder
+from ckpt_engine.timeline.trace import P2P
+from ckpt_engine.transport.leases import Lease
+from ckpt_engine.transport.p2p import Piece, Read
+from ckpt_engine.update.reading import Place, Reading, StagingBuffer
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.001
+"""Between looks at reads: far below what one takes, and a core is not spent on it."""
+CLOSE_SECONDS = 30.0
+"""How long the end of an update waits for the thread, which is in a call of the store at worst."""
+
+
+class Unreadable(Exception):
+    """A source cannot be read any more."""
+
+    def __init__(self, source: int, item: PlannedBucket, error: Exception) -> None:
+        super().__init__(str(error))
+        self.source = source
+        self.item = item
+        self.error = error
+
+
+@dataclass(kw_only=True, eq=False)
+class _Bucket:
+    """One that is on its way: its place, and what is still missing, by source."""
+
+    item: PlannedBucket
+    place: Place
+    begun: float
+    deadline: Deadline
+    reads: dict[int, Read] = field(default_factory=dict)
+
+
+class P2PReader:
+    """Reads `items`, in this order, from `sources`.
+
+    Args:
+        take_lease: takes one on a source's share; raises P2PError. Called in the thread.
+        place_nbytes, place_count: of the staging buffer.
+        read_timeout: seconds after which a read that has not ended counts as failed.
+        recorder: of the update's course.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[PlannedBucket],
+        sources: Sources,
+        reading: Reading,
+        take_lease: Callable[[RankMetas], Lease],
+        *,
+        place_nbytes: int,
+        place_count: int,
+        read_timeout: float,
+        recorder: Recorder,
+    ) -> None:
+        self._sources = sources
+        self._reading = reading
+        self._take_lease = take_lease
+        self._shape = (place_nbytes, place_count)
+        self._read_timeout = read_timeout
+        self._recorder = recorder
+        self._todo = deque(items)
+        self._on_the_way: list[_Bucket] = []
+        self._here: dict[int, Place] = {}
+        self._given_back: deque[Place] = deque()
+        self._leases: dict[int, Lease] = {}
+        self._lost: dict[int, str] = {}
+        self._abandoned: list[StagingBuffer] = []
+        self._failure: Exception | None = None
+        self._stopping = False
+        self._changed = threading.Condition()
+        self.nbytes = 0
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._staging = reading.staging(*self._shape)
+        self._store = reading.store()
+        self.transport = self._store.transport
+        self._thread = threading.Thread(target=self._run, name="ckpt-engine-p2p", daemon=True)
+        self._thread.start()
+
+    # The pipeline's side
+
+    def fileno(self) -> int:
+        """Readable when a bucket has come, or none will come any more."""
+        return self._wake_read
+
+    def check(self) -> None:
+        """To be called when `fileno` is readable.
+
+        Raises:
+            UpdateError: a bucket cannot be read; it is named.
+        """
+        with suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
+        if self._failure is not None:
+            raise self._failure
+
+    def view(self, item: PlannedBucket) -> torch.Tensor | None:
+        place = self._here.get(item.index)
+        return None if place is None else place.memory
+
+    def let_go(self, item: PlannedBucket) -> None:
+        with self._changed:
+            self._given_back.append(self._here.pop(item.index))
+            self._changed.notify()
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """Sources that could not be read any more, and why."""
+        return tuple(self._lost.values())
+
+    def stop(self) -> None:
+        """Ends the reads, and the leases. Idempotent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            logger.error("a read by P2P does not end: its thread and its memory are left behind")
+
+    def close(self) -> None:
+        """Frees what failed reads left behind; no copy out of it is under way any more. Idempotent."""
+        self.stop()
+        if self._thread.is_alive():
+            return
+        while self._abandoned:
+            self._abandoned.pop().close()
+        for fd in (self._wake_read, self._wake_write):
+            if fd >= 0:
+                os.close(fd)
+        self._wake_read = self._wake_write = -1
+
+    # The thread's
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping and (self._todo or self._on_the_way):
+                try:
+                    self._start_reads()
+                    came = self._look()
+                except Unreadable as unreadable:
+                    self._go_on_without(unreadable)
+                    continue
+                if not came:
+                    self._pause()
+        except Exception as error:  # noqa: BLE001 - raised where the update waits
+            self._failure = error
+        finally:
+            for lease in self._leases.values():
+                lease.release()
+            if self._on_the_way:
+                self._give_up_memory()
+            self._wake()
+
+    def _pause(self) -> None:
+        with self._changed:
+            if not self._given_back and not self._stopping:
+                self._changed.wait(POLL_SECONDS if self._on_the_way else None)
+
+    def _start_reads(self) -> None:
+        while self._given_back:
+            self._staging.give_back(self._given_back.popleft())
+        while self._todo:
+            item = self._todo[0]
+            place = self._staging.take(item.nbytes)
+            if place is None:
+                return
+            bucket = _Bucket(
+                item=self._todo.popleft(),
+                place=place,
+                begun=time.monotonic(),
+                deadline=Deadline.after(self._read_timeout),
+            )
+            self._on_the_way.append(bucket)
+            for source, extents in self._sources.reads_of(item.bucket, self._lost).items():
+                self._start(bucket, source, extents)
+
+    def _start(self, bucket: _Bucket, source: int, extents: Sequence[Extent]) -> None:
+        held = self._sources.by_number[source]
+        with self._reads_from(source, bucket.item):
+            if source not in self._leases:
+                self._leases[source] = self._take_lease(held)
+            assert held.p2p_address is not None
+            pieces = [
+                Piece(local=bucket.place.address + part.offset, remote=part.address, nbytes=part.nbytes)
+                for part in extents
+            ]
+            bucket.reads[source] = self._store.start_read(held.p2p_address, pieces)
+
+    def _look(self) -> bool:
+        """Whether a bucket has come."""
+        came = False
+        for bucket in list(self._on_the_way):
+            late = bucket.deadline.passed
+            for source, read in list(bucket.reads.items()):
+                with self._reads_from(source, bucket.item):
+                    if read.poll():
+                        # What was read before the owner says so was read while the lease held.
+                        self._leases[source].check()
+                        del bucket.reads[source]
+                    elif late:
+                        raise P2PError(f"no end of a read within {self._read_timeout:g} s")
+            if not bucket.reads:
+                self._on_the_way.remove(bucket)
+                self.nbytes += sum(tensor.nbytes for tensor in bucket.item.bucket.tensors)
+                self._recorder.add(P2P, bucket.item, bucket.begun, time.monotonic())
+                self._here[bucket.item.index] = bucket.place
+                self._wake()
+                came = True
+        return came
+
+    @contextmanager
+    def _reads_from(self, source: int, item: PlannedBucket) -> Iterator[None]:
+        try:
+            yield
+        except P2PError as error:
+            raise Unreadable(source, item, error) from error
+
+    def _go_on_without(self, unreadable: Unreadable) -> None:
+        """Reads what is missing from others. The reads that are under way end with their store.
+
+        Raises:
+            UpdateError: nobody else holds what is missing.
+        """
+        source = unreadable.source
+        held = self._sources.by_number[source]
+        who = f"rank {held.rank} on host {held.host} ({held.p2p_address}, session {held.session})"
+        self._lost[source] = f"{who} cannot be read by P2P: {unreadable.error}"
+        if (lease := self._leases.pop(source, None)) is not None:
+            lease.release()
+        missing = [unreadable.item, *(bucket.item for bucket in self._on_the_way), *self._todo]
+        self._check_others_hold(missing, unreadable)
+        logger.warning("%s; the same bytes are read from others", self._lost[source])
+        self._give_up_memory()
+        self._todo = deque(sorted(set(missing), key=lambda item: item.index))
+        self._on_the_way.clear()
+        self._staging = self._reading.staging(*self._shape)
+        self._store = self._reading.store()
+
+    def _check_others_hold(self, missing: Sequence[PlannedBucket], unreadable: Unreadable) -> None:
+        item = missing[0]
+        try:
+            for item in missing:
+                self._sources.reads_of(item.bucket, self._lost)
+        except PlanError as error:
+            record = ErrorRecord(
+                error_type="P2PError",
+                message=f"{self._lost[unreadable.source]}; {error}",
+                stage="buckets",
+                bucket=item.index,
+                tensors=item.names(),
+            )
+            raise UpdateError(record) from unreadable.error
+
+    def _give_up_memory(self) -> None:
+        abandoned = self._reading.give_up()
+        if abandoned is not None:
+            self._abandoned.append(abandoned)
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.write(self._wake_write, b"\0")

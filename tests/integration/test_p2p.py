@@ -1,0 +1,117 @@
+"""Reads by P2P between real processes: mooncake over TCP, leases, staging, and the broadcast that follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.support.checkpoints import digests_of
+from tests.support.steered import Engines, Fleet
+
+pytest.importorskip("mooncake.engine", reason="mooncake is not installed, or libibverbs is missing")
+
+SEED = 20271001
+Launch = Callable[[int, int], Fleet]
+
+
+@pytest.fixture
+def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """(ranks, hosts) -> ranks with workers of their own."""
+    made: list[tuple[Fleet, Engines]] = []
+
+    def start(size: int, hosts: int) -> Fleet:
+        engines = Engines(tmp_path_factory.mktemp("engines"))
+        fleet = Fleet(size, hosts, tmp_path_factory.mktemp("fleet"), engines)
+        made.append((fleet, engines))
+        return fleet
+
+    yield start
+    for fleet, engines in made:
+        fleet.end()
+        engines.end()
+
+
+def everybody(fleet: Fleet) -> list[int]:
+    return list(range(fleet.size))
+
+
+def ask(fleet: Fleet, do: str, on: list[int], **arguments: Any) -> dict[int, dict[str, Any]]:  # noqa: ANN401
+    """They do it, without an error."""
+    answers = fleet.ask(do, on, **arguments)
+    assert {answer["message"] for answer in answers.values()} == {""}, answers
+    return answers
+
+
+def register(fleet: Fleet, seed: int, name: str = "a") -> None:
+    """Shares a checkpoint out over all ranks, and gathers."""
+    on = everybody(fleet)
+    ask(fleet, "register", on, name=name, kind="layers", seed=seed, parts=lambda rank: [rank], of=fleet.size)
+    ask(fleet, "gather", on, name=name)
+
+
+def update(
+    fleet: Fleet, ranks: list[int], seed: int, on: list[int] | None = None
+) -> dict[int, dict[str, Any]]:
+    """Updates the workers of `ranks`, and verifies every bit; `on`: the ranks that call."""
+    for rank in ranks:
+        fleet.worker(rank)
+    answers = ask(fleet, "update", on or ranks, name="a", ranks=ranks)
+    expected = digests_of("layers", seed)
+    for rank in ranks:
+        report = fleet.worker(rank).answer()
+        assert report["status"]["outcome"] == "committed", report["status"]
+        wrong = [name for name, digest in expected.items() if report["digests"].get(name) != digest]
+        assert not wrong, f"rank {rank} has other bits than those of seed {seed}: {wrong}"
+    return answers
+
+
+def metas(fleet: Fleet, rank: int = 0) -> str:
+    return str(ask(fleet, "metas", [rank])[rank]["metas"])
+
+
+def nbytes(fleet: Fleet) -> int:
+    return 24 * 4 * (512 + 64 * 997)
+
+
+@pytest.mark.parametrize(("size", "hosts"), [(1, 1), (3, 1), (4, 2)])
+def test_another_fleet_joins(launch: Launch, size: int, hosts: int) -> None:
+    """It has other ranks, and other hosts; it registers and gathers nothing. The owners do nothing."""
+    owners, joiners = launch(2, 1), launch(size, hosts)
+    register(owners, SEED)
+    ask(joiners, "load_metas", everybody(joiners), texts=[metas(owners)])
+    for _ in range(2):
+        answers = update(joiners, everybody(joiners), SEED)
+        assert {answer["content"] for answer in answers.values()} != {""}
+        readers = {rank: answer for rank, answer in answers.items() if answer["p2p_nbytes"]}
+        assert sum(answer["p2p_nbytes"] for answer in readers.values()) == nbytes(owners)
+        assert {answer["transport"] for answer in readers.values()} == {"tcp"}
+    update(owners, everybody(owners), SEED)
+    (content,) = {answer["content"] for answer in answers.values()}
+    assert {answer["content"] for answer in update(owners, [0], SEED).values()} == {content}
+
+
+def test_some_ranks_are_updated_while_the_others_do_not_call(launch: Launch) -> None:
+    """Any subset, in any order, repeatedly; with new weights in between."""
+    fleet = launch(3, 1)
+    register(fleet, SEED)
+    for ranks in ([1], [0, 2], [1], [2], [0, 1, 2]):
+        answers = update(fleet, ranks, SEED)
+        read = sum(answer["p2p_nbytes"] for answer in answers.values())
+        assert read == nbytes(fleet) * (3 - len(ranks)) // 3
+    ask(fleet, "unregister", everybody(fleet), name="a")
+    register(fleet, SEED + 1)
+    update(fleet, [2, 0], SEED + 1)
+
+
+def test_whoever_owns_all_it_needs_reads_nothing(launch: Launch) -> None:
+    fleet = launch(2, 1)
+    ask(fleet, "register", [1], name="a", kind="layers", seed=SEED, parts=[0], of=1)
+    ask(fleet, "gather", [0, 1], name="a")
+    answers = update(fleet, [1], SEED)
+    assert answers[1]["transport"] == ""
+    assert answers[1]["p2p_nbytes"] == 0
+    # A rank that is not needed may call: it returns at once.
+    answers = update(fleet, [1], SEED, on=[0, 1])
+    assert answers[0]["version"] == ""
