@@ -7,8 +7,9 @@ CKPT_ENGINE_.
 
 from __future__ import annotations
 
+import os
 import socket
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -175,6 +176,12 @@ def load_settings() -> Settings:
     Raises:
         ConfigError: a variable is not what it may be; the message names each one.
     """
+    return _settings_of(tuple(map(os.environ.get, _VARIABLES)))
+
+
+@lru_cache(maxsize=1)
+def _settings_of(environment: tuple[str | None, ...]) -> Settings:
+    """Checked once for each environment: a worker needs them at every update."""
     try:
         return Settings()
     except ValidationError as error:
@@ -190,3 +197,11 @@ def _variable(field: str) -> str:
     alias = Settings.model_fields[field].validation_alias
     assert isinstance(alias, AliasChoices)
     return str(alias.choices[-1])
+
+
+_VARIABLES = tuple(
+    str(choice)
+    for field in Settings.model_fields.values()
+    if isinstance(field.validation_alias, AliasChoices)
+    for choice in field.validation_alias.choices
+)
