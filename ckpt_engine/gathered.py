@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from ckpt_engine.errors import CheckpointError, ConfigError, UnknownCheckpointError
+from ckpt_engine.gathering import Gathered
 from ckpt_engine.metadata import Metas, content_digest, metas_to_json, topology
 from ckpt_engine.planning.sources import Sources, check_fleets
 
@@ -23,7 +26,7 @@ class Senders:
 
     `metas`: what its members hold. `outside`: what ranks of this fleet hold that take no part. `fleets`:
     other fleets' metas, any of which will do. `digest`: of all these, alike on every member; `content`: of
-    the weights.
+    the weights; `layout`: of what a plan follows from, so that it can be used again; empty where it cannot.
     """
 
     metas: Metas
@@ -31,6 +34,7 @@ class Senders:
     fleets: tuple[Metas, ...]
     digest: str
     content: str
+    layout: str = ""
 
     @property
     def has_sources(self) -> bool:
@@ -48,11 +52,26 @@ class Senders:
 
 @dataclass(kw_only=True, frozen=True)
 class _Known:
-    """`epoch`: of this rank's share when it gathered; `fleets`: other fleets' metas, if they were loaded."""
+    """`epoch`: of this rank's share when it gathered; `layouts`: digests of what each rank holds, without its
+    epoch; `fleets`: other fleets' metas, if they were loaded."""
 
     epoch: str = ""
     metas: Metas
+    layouts: Mapping[int, str] = field(default_factory=dict)
     fleets: tuple[Metas, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        if self.fleets:
+            return _digest_of(*map(metas_to_json, self.fleets))
+        heads = {rank: held.model_copy(update={"buffers": ()}) for rank, held in self.metas.items()}
+        return _digest_of(metas_to_json(heads), json.dumps(sorted(self.layouts.items())).encode())
+
+    @cached_property
+    def content(self) -> str:
+        # Whichever fleet is read, the weights are the same: that was checked when they were loaded.
+        metas = Sources.of_fleets(self.fleets).planned if self.fleets else self.metas
+        return content_digest(metas.values())
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -78,7 +97,7 @@ class GatheredMetas:
         self.shown: Metas = {}
         self.topology: dict[str, set[int]] = {}
 
-    def put(self, name: str, metas: Metas, lost: dict[int, str], registered: Sequence[str]) -> None:
+    def put(self, name: str, gathered: Gathered, lost: dict[int, str], registered: Sequence[str]) -> None:
         """Keeps what all ranks said that they hold.
 
         Args:
@@ -90,6 +109,7 @@ class GatheredMetas:
             ConfigError: two ranks have the same device UUID.
             CheckpointError: ranks are gone, and with them tensors that nobody else holds, or may have.
         """
+        metas = gathered.metas
         if not any(held.tensor_count for held in metas.values()):
             raise UnknownCheckpointError(
                 f"no rank has registered anything as {name!r}; this one holds {_listed(registered)}"
@@ -100,7 +120,7 @@ class GatheredMetas:
             logger.warning("ranks %s have registered nothing as %r, not even an empty share", absent, name)
         if lost:
             self._check_without(lost, name, metas)
-        self._by_name[name] = _Known(epoch=metas[self._rank].epoch, metas=metas)
+        self._by_name[name] = _Known(epoch=metas[self._rank].epoch, metas=metas, layouts=gathered.layouts)
         self._holders.pop(name, None)
         self._holders[name] = _Holders(
             holding=frozenset(rank for rank, held in metas.items() if held.tensor_count),
@@ -188,28 +208,28 @@ class GatheredMetas:
                 + _listed(registered)
             )
         if known.fleets:
-            # Whichever fleet is read, the weights are the same: that was checked when they were loaded.
             return Senders(
-                metas={},
-                outside={},
-                fleets=known.fleets,
-                digest=_digest_of(known.fleets),
-                content=content_digest(Sources.of_fleets(known.fleets).planned.values()),
+                metas={}, outside={}, fleets=known.fleets, digest=known.digest, content=known.content
             )
         if epoch != known.epoch:
             raise CheckpointError(f"{name!r} changed on rank {self._rank} since gather_metas: call it again")
-        metas = known.metas
+        metas = {rank: held for rank, held in known.metas.items() if rank in members}
+        outside = {
+            rank: held for rank, held in known.metas.items() if rank not in members and held.tensor_count
+        }
+        layouts = sorted((rank, known.layouts[rank]) for rank in metas)
         return Senders(
-            metas={rank: held for rank, held in metas.items() if rank in members},
-            outside={rank: held for rank, held in metas.items() if rank not in members and held.tensor_count},
+            metas=metas,
+            outside=outside,
             fleets=(),
-            digest=_digest_of([metas]),
-            content=content_digest(metas.values()),
+            digest=known.digest,
+            content=known.content,
+            layout="" if outside else _digest_of(json.dumps(layouts).encode()),
         )
 
 
-def _digest_of(fleets: Sequence[Metas]) -> str:
-    return hashlib.sha256(b"\n".join(metas_to_json(metas) for metas in fleets)).hexdigest()
+def _digest_of(*texts: bytes) -> str:
+    return hashlib.sha256(b"\n".join(texts)).hexdigest()
 
 
 def _listed(names: Sequence[str]) -> str:

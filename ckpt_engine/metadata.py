@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 
+import msgspec
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ckpt_engine.errors import CheckpointFormatError
@@ -158,18 +158,21 @@ def metas_from_json(text: bytes | str) -> Metas:
     return metas
 
 
+_JSON = msgspec.json.Encoder()
+
+
 def content_digest(metas: Iterable[RankMetas]) -> str:
     """SHA-256 (hex) of what these ranks hold together: names, dtypes, shapes, and the shares they come from.
 
     It does not matter who holds what, nor where: a replica has the digest of what it was made from.
     """
     lines = sorted(
-        json.dumps([tensor.name, tensor.dtype, tensor.shape, held.origin_of(buffer)])
+        _JSON.encode([tensor.name, tensor.dtype, tensor.shape, held.origin_of(buffer)])
         for held in metas
         for buffer in held.buffers
         for tensor in buffer.tensors
     )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256(b"\n".join(lines)).hexdigest()
 
 
 def topology(metas: Mapping[int, RankMetas]) -> dict[str, set[int]]:

@@ -32,6 +32,7 @@ from ckpt_engine.errors import (
     ErrorRecord,
 )
 from ckpt_engine.gathered import GatheredMetas, Senders
+from ckpt_engine.gathering import Gathering
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
@@ -112,6 +113,7 @@ class ParameterServer:
         )
         self._failed: dict[str, ErrorRecord] = {}
         self._gathered = GatheredMetas(self.rank)
+        self._gathering = Gathering()
         self._p2p = P2PEnds(
             self.settings,
             self._device,
@@ -214,23 +216,24 @@ class ParameterServer:
         if self.rank not in members:
             raise ConfigError(f"ranks={members}: rank {self.rank} is not among them: it must not gather")
         me = self._rank(deadline)
+        lost: dict[int, str] = {}
+
+        def meet(what: str, payload: Callable[[], bytes]) -> Mapping[int, bytes]:
+            round_ = me.control.open_round(f"{purpose}: {what}" if what else purpose, members)
+            try:
+                if checkpoint_name in self._failed:
+                    raise error_of(self._failed[checkpoint_name])
+                return round_.exchange(payload(), deadline, without_lost=ranks is None)
+            except BaseException as error:
+                round_.abort(ErrorRecord.from_exception(error, rank=self.rank, stage="gather"))
+                raise
+            finally:
+                lost.update(round_.lost)
+                round_.leave()
+
         held = self._held(checkpoint_name)
-        round_ = me.control.open_round(purpose, members)
-        try:
-            if checkpoint_name in self._failed:
-                raise error_of(self._failed[checkpoint_name])
-            blobs = round_.exchange(
-                metas_to_json({self.rank: self._metas_of(checkpoint_name, held)}),
-                deadline,
-                without_lost=ranks is None,
-            )
-        except BaseException as error:
-            round_.abort(ErrorRecord.from_exception(error, rank=self.rank, stage="gather"))
-            raise
-        finally:
-            round_.leave()
-        metas = {rank: held for blob in blobs.values() for rank, held in metas_from_json(blob).items()}
-        self._gathered.put(checkpoint_name, metas, round_.lost, self._registry.names())
+        gathered = self._gathering.gather(lambda: self._metas_of(checkpoint_name, held), meet)
+        self._gathered.put(checkpoint_name, gathered, lost, self._registry.names())
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last: rank -> what it holds."""

@@ -7,8 +7,9 @@ place in the sequence, so a rank may use a slot as soon as the buckets it overla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import zip_longest
 from typing import Any
@@ -74,6 +75,49 @@ class PlannedBucket:
         return tuple(tensor.name for tensor in self.bucket.tensors)
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Needs:
+    """Of a checkpoint, in bytes: its largest tensor, and all of them with their padding."""
+
+    largest_tensor: int
+    total: int
+
+    @classmethod
+    def of(cls, checkpoint: str, held_by: Iterable[tuple[int, RankMetas]]) -> Needs:
+        """Raises PlanError: a tensor held twice, or nothing held at all."""
+        owners: dict[str, int] = {}
+        largest = total = 0
+        for rank, held in held_by:
+            for buffer in held.buffers:
+                for tensor in buffer.tensors:
+                    if tensor.name in owners:
+                        other = owners[tensor.name]
+                        raise PlanError(
+                            f"tensor {tensor.name!r} is held by rank {other} and "
+                            + ("twice" if other == rank else f"by rank {rank}")
+                            + ": register every tensor on one rank only"
+                        )
+                    owners[tensor.name] = rank
+                    largest = max(largest, tensor.nbytes)
+                    total += align_up(tensor.nbytes)
+        if not owners:
+            raise PlanError(f"checkpoint {checkpoint!r} holds no tensor on any rank")
+        return cls(largest_tensor=largest, total=total)
+
+    def shape(
+        self, *, slot_nbytes: int, slot_count: int, budget: int, staging: bool
+    ) -> tuple[RingShape, int]:
+        """The ring, and the bytes of each root's staging buffer. Raises PlanError: too little memory."""
+        wanted = {
+            "slot_nbytes": slot_nbytes,
+            "slot_count": slot_count,
+            "largest_tensor": self.largest_tensor,
+            "total": self.total,
+            "budget": budget,
+        }
+        return shape_ring_and_staging(**wanted) if staging else (shape_ring(**wanted), 0)
+
+
 @dataclass(kw_only=True, frozen=True)
 class UpdatePlan:
     """One update of one checkpoint. `staging_nbytes`: of each root's staging buffer, 0 for none."""
@@ -82,6 +126,13 @@ class UpdatePlan:
     ring: RingShape
     buckets: tuple[PlannedBucket, ...]
     staging_nbytes: int = 0
+    needs: Needs
+
+    def named(self, checkpoint: str) -> UpdatePlan:
+        """The same for another checkpoint of this layout, with what was derived from it."""
+        other = copy.copy(self)
+        object.__setattr__(other, "checkpoint", checkpoint)
+        return other
 
     @cached_property
     def layouts(self) -> tuple[BucketLayout, ...]:
@@ -149,7 +200,7 @@ def cut_buckets(held: RankMetas, bucket_nbytes: int, owner: int | None = None) -
     owner = held.rank if owner is None else owner
     rooms = spans(tensor for buffer in held.buffers for tensor in buffer.tensors)
     tensors: list[TensorLayout] = []
-    ranges: list[HostRange] = []
+    ranges: list[list[int]] = []  # as HostRange
     end = 0
     for number, buffer in enumerate(held.buffers):
         for tensor in buffer.tensors:
@@ -157,24 +208,30 @@ def cut_buckets(held: RankMetas, bucket_nbytes: int, owner: int | None = None) -
             layer_nbytes = rooms.get(tensor.name, 0)
             needed = layer_nbytes if layer_nbytes <= bucket_nbytes else 0
             if tensors and start + max(needed, tensor.nbytes) > bucket_nbytes:
-                yield Bucket(owner=owner, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
+                yield _bucket(owner, end, tensors, ranges)
                 tensors, ranges, start = [], [], 0
-            last = ranges[-1] if ranges else None
-            if (
-                last is not None
-                and last.buffer == number
-                and start - last.bucket_offset == tensor.offset - last.offset
-            ):
+            last = ranges[-1] if ranges else [-1, 0, 0, 0]
+            if last[0] == number and start - last[3] == tensor.offset - last[1]:
                 # As far apart in the bucket as in the host buffer: one copy brings both.
-                ranges[-1] = replace(last, nbytes=tensor.offset + tensor.nbytes - last.offset)
+                last[2] = tensor.offset + tensor.nbytes - last[1]
             else:
-                ranges.append(
-                    HostRange(buffer=number, offset=tensor.offset, nbytes=tensor.nbytes, bucket_offset=start)
-                )
+                ranges.append([number, tensor.offset, tensor.nbytes, start])
             tensors.append(TensorLayout(tensor.name, tensor.dtype, tensor.shape, start, tensor.nbytes))
             end = start + tensor.nbytes
     if tensors:
-        yield Bucket(owner=owner, nbytes=end, tensors=tuple(tensors), ranges=tuple(ranges))
+        yield _bucket(owner, end, tensors, ranges)
+
+
+def _bucket(owner: int, nbytes: int, tensors: list[TensorLayout], ranges: list[list[int]]) -> Bucket:
+    return Bucket(
+        owner=owner,
+        nbytes=nbytes,
+        tensors=tuple(tensors),
+        ranges=tuple(
+            HostRange(buffer=buffer, offset=offset, nbytes=length, bucket_offset=start)
+            for buffer, offset, length, start in ranges
+        ),
+    )
 
 
 def place(buckets: Sequence[tuple[Bucket, int | None]], ring: RingShape) -> tuple[PlannedBucket, ...]:
@@ -225,35 +282,18 @@ def make_plan(
     Raises:
         PlanError: a tensor held twice, nothing held at all, or too little memory.
     """
-    owners: dict[str, int] = {}
-    largest = total = 0
     outside = outside or {}
-    for rank, held in [*sorted(metas.items()), *sorted(outside.items())]:
-        for buffer in held.buffers:
-            for tensor in buffer.tensors:
-                other = owners.get(tensor.name)
-                if other is not None:
-                    raise PlanError(
-                        f"tensor {tensor.name!r} is held by rank {other} and "
-                        + ("twice" if other == rank else f"by rank {rank}")
-                        + ": register every tensor on one rank only"
-                    )
-                owners[tensor.name] = rank
-                largest = max(largest, tensor.nbytes)
-                total += align_up(tensor.nbytes)
-    if not owners:
-        raise PlanError(f"checkpoint {checkpoint!r} holds no tensor on any rank")
-    wanted = {
-        "slot_nbytes": slot_nbytes,
-        "slot_count": slot_count,
-        "largest_tensor": largest,
-        "total": total,
-        "budget": budget,
-    }
-    ring, staging_nbytes = shape_ring_and_staging(**wanted) if staging else (shape_ring(**wanted), 0)
+    needs = Needs.of(checkpoint, [*sorted(metas.items()), *sorted(outside.items())])
+    ring, staging_nbytes = needs.shape(
+        slot_nbytes=slot_nbytes, slot_count=slot_count, budget=budget, staging=staging
+    )
     sequence = _sequence(metas, outside, ring.slot_nbytes, assign)
     return UpdatePlan(
-        checkpoint=checkpoint, ring=ring, buckets=place(sequence, ring), staging_nbytes=staging_nbytes
+        checkpoint=checkpoint,
+        ring=ring,
+        buckets=place(sequence, ring),
+        staging_nbytes=staging_nbytes,
+        needs=needs,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
@@ -13,6 +13,7 @@ import zmq
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import Device
 from ckpt_engine.ipc.sockets import SocketDirectory
+from ckpt_engine.planning.planner import Planner
 from ckpt_engine.settings import Settings
 from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder, TraceRecorder
 from ckpt_engine.timeline.trace import About
@@ -36,6 +37,7 @@ class Rank:
     control: Control
     directory: SocketDirectory
     zmq_ctx: zmq.Context[zmq.Socket[bytes]]
+    planner: Planner = field(default_factory=Planner)
     group: Collectives | None = None
     group_name: str = ""
 

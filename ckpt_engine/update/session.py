@@ -33,7 +33,7 @@ from ckpt_engine.gathered import Senders
 from ckpt_engine.ipc.messages import Begin
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
-from ckpt_engine.planning.plan import UpdatePlan, make_plan
+from ckpt_engine.planning.plan import UpdatePlan
 from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
@@ -202,9 +202,10 @@ class UpdateSession:
         self._recorder.met(meeting.token, len(meeting.members))
         meeting.check(me.rank)
         outside, assign = inflow.plan_reads(meeting)
-        plan = make_plan(
+        plan = me.planner.plan(
             self.checkpoint_name,
             senders.metas,
+            senders.layout,
             outside=outside,
             assign=assign,
             slot_nbytes=meeting.slot_nbytes,

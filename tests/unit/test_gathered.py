@@ -6,6 +6,7 @@ import pytest
 
 from ckpt_engine.errors import CheckpointError, ConfigError
 from ckpt_engine.gathered import GatheredMetas
+from ckpt_engine.gathering import Gathered
 from ckpt_engine.metadata import HostBufferMeta, Metas, RankMetas, TensorMeta
 
 GONE = {1: "its process ended"}
@@ -31,6 +32,11 @@ def metas(**held: list[str]) -> Metas:
     return found
 
 
+def put(gathered: GatheredMetas, name: str, held: Metas, lost: dict[int, str], registered: list[str]) -> None:
+    layouts = {rank: f"layout of {rank}" for rank in held}
+    gathered.put(name, Gathered(metas=held, layouts=layouts), lost, registered)
+
+
 @pytest.fixture
 def gathered() -> GatheredMetas:
     return GatheredMetas(0)
@@ -38,20 +44,20 @@ def gathered() -> GatheredMetas:
 
 def test_what_a_lost_rank_may_have_held_is_not_left_out_in_silence(gathered: GatheredMetas) -> None:
     with pytest.raises(CheckpointError, match=r"rank 1 \(its process ended\).*ranks=\[0, 2\]"):
-        gathered.put("new", metas(r0=["a"], r2=["b"]), GONE, ["new"])
+        put(gathered, "new", metas(r0=["a"], r2=["b"]), GONE, ["new"])
     with pytest.raises(CheckpointError):
         gathered.of("new", "epoch-0", ["new"], [0, 2])
 
 
 def test_what_a_lost_rank_held_is_named(gathered: GatheredMetas) -> None:
-    gathered.put("step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
+    put(gathered, "step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
     with pytest.raises(CheckpointError, match=r"1 tensors of 'step' \('b' first\)"):
-        gathered.put("step", metas(r0=["a"], r2=["c"]), GONE, ["step"])
+        put(gathered, "step", metas(r0=["a"], r2=["c"]), GONE, ["step"])
 
 
 def test_once_others_hold_it_all_a_lost_rank_is_no_loss(gathered: GatheredMetas) -> None:
-    gathered.put("step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
-    gathered.put("step", metas(r0=["a", "b"], r2=["c"]), GONE, ["step"])
+    put(gathered, "step", metas(r0=["a"], r1=["b"], r2=["c"]), {}, ["step"])
+    put(gathered, "step", metas(r0=["a", "b"], r2=["c"]), GONE, ["step"])
     assert set(gathered.of("step", "epoch-0", ["step"], [0, 2]).metas) == {0, 2}
 
 
@@ -62,14 +68,14 @@ def readable(held: Metas, *ranks: int) -> Metas:
 
 
 def test_owners_that_nobody_can_read_are_needed(gathered: GatheredMetas) -> None:
-    gathered.put("step", metas(r0=[], r1=["b"], r2=[]), {}, ["step"])
+    put(gathered, "step", metas(r0=[], r1=["b"], r2=[]), {}, ["step"])
     assert gathered.members("step", [0]) == (0, 1)
     assert gathered.members("step", [1]) == (1,)
 
 
 def test_owners_that_can_be_read_are_not_needed_by_those_who_can_read(gathered: GatheredMetas) -> None:
     held = metas(r0=["a"], r1=["b"], r2=["c"], r3=[])
-    gathered.put("step", readable(held, 0, 1), {}, ["step"])
+    put(gathered, "step", readable(held, 0, 1), {}, ["step"])
     assert gathered.members("step", [0]) == (0, 2), "nobody can read rank 2"
     assert gathered.members("step", [3]) == (0, 1, 2, 3), "rank 3 cannot read"
     assert gathered.members("step", [1, 3]) == (1, 2, 3)
@@ -83,6 +89,6 @@ def test_a_device_that_two_ranks_have_is_refused(gathered: GatheredMetas) -> Non
     held = metas(r0=["a"], r1=["b"])
     held[1] = held[1].model_copy(update={"device_uuid": held[0].device_uuid})
     with pytest.raises(ConfigError, match=r"ranks 0 and 1 both have device CPU-h-0.*CKPT_ENGINE_DEVICE_UUID"):
-        gathered.put("step", held, {}, ["step"])
+        put(gathered, "step", held, {}, ["step"])
     with pytest.raises(CheckpointError):
         gathered.of("step", "epoch-0", ["step"], [0, 1])

@@ -1,0 +1,126 @@
+"""How ranks tell each other what they hold: who they are each time, layouts only where they have changed.
+
+A share's layout is its host buffers: addresses, names, dtypes, shapes. A checkpoint of a large model has tens
+of thousands of tensors, and in a training loop every step's has the layout of one before: then a digest of it
+is all that travels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from ckpt_engine.errors import ProtocolError
+from ckpt_engine.metadata import HostBufferMeta, Metas, RankMetas
+
+KEPT = 2
+"""Of how many gathers, the latest, the layouts are kept: trainers fill one arena while another is sent."""
+
+Meet = Callable[[str, Callable[[], bytes]], Mapping[int, bytes]]
+"""Meets the others for a purpose (empty: the gather itself), and returns what each brought, by rank. What it
+brings itself is made once it has come: if that fails, the others get to know."""
+
+_Layout = tuple[HostBufferMeta, ...]
+_LAYOUT: TypeAdapter[_Layout] = TypeAdapter(_Layout)
+
+
+class _Card(BaseModel):
+    """`held`: without its buffers, whose digest is `layout`. `known`: the gathers whose layouts are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    held: RankMetas
+    layout: str
+    known: tuple[str, ...]
+
+
+@dataclass(kw_only=True, frozen=True)
+class Gathered:
+    """`metas`: what each rank holds; `layouts`: the digest of each one's layout."""
+
+    metas: Metas
+    layouts: dict[int, str]
+
+
+class Gathering:
+    """One rank's gathers. `layouts_sent`: in how many of them layouts had to travel."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, _Layout]] = {}
+        self._text, self._layout, self._epoch = b"", "", ""
+        self.layouts_sent = 0
+
+    def gather(self, mine: Callable[[], RankMetas], meet: Meet) -> Gathered:
+        """What all ranks hold; `mine`: this one's.
+
+        Raises:
+            ProtocolError: another rank told something else than what it announced, or is of another version.
+            Whatever `meet` raises.
+        """
+        cards = _cards(meet("", lambda: self._card_of(mine()).model_dump_json().encode()))
+        name = _name_of(cards)
+        if all(name in one.known for one in cards.values()):
+            layouts = self._kept[name]
+        else:
+            self.layouts_sent += 1
+            answers = meet("layouts", lambda: self._text)
+            cards = {rank: cards[rank] for rank in answers}  # one that was there may be gone by now
+            layouts = self._layouts_of(cards, answers)
+            name = _name_of(cards)
+        self._kept.pop(name, None)
+        self._kept[name] = layouts  # the latest last
+        while len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+        metas = {
+            rank: one.held.model_copy(update={"buffers": layouts[one.layout]}) for rank, one in cards.items()
+        }
+        return Gathered(metas=metas, layouts={rank: one.layout for rank, one in cards.items()})
+
+    def _card_of(self, mine: RankMetas) -> _Card:
+        if not mine.epoch or mine.epoch != self._epoch:  # else it is the share of last time
+            self._text = _LAYOUT.dump_json(mine.buffers)
+            self._layout, self._epoch = _digest(self._text), mine.epoch
+        held = mine.model_copy(update={"buffers": ()})
+        return _Card(held=held, layout=self._layout, known=tuple(self._kept))
+
+    def _layouts_of(self, cards: Mapping[int, _Card], answers: Mapping[int, bytes]) -> dict[str, _Layout]:
+        known = {digest: layout for kept in self._kept.values() for digest, layout in kept.items()}
+        layouts: dict[str, _Layout] = {}
+        for rank, answer in answers.items():
+            digest = cards[rank].layout
+            if digest not in layouts:
+                layouts[digest] = known[digest] if digest in known else _layout_of(rank, digest, answer)
+        return layouts
+
+
+def _name_of(cards: Mapping[int, _Card]) -> str:
+    """Of the layouts of a gather, whoever has them."""
+    return _digest(" ".join(sorted({one.layout for one in cards.values()})).encode())
+
+
+def _cards(answers: Mapping[int, bytes]) -> dict[int, _Card]:
+    cards = {}
+    for rank, answer in answers.items():
+        try:
+            cards[rank] = _Card.model_validate_json(answer)
+        except ValidationError as error:
+            raise ProtocolError(f"rank {rank} is of another version of ckpt-engine: {error}") from None
+        if cards[rank].held.rank != rank:
+            raise ProtocolError(f"rank {rank} claims to be rank {cards[rank].held.rank}")
+    return cards
+
+
+def _layout_of(rank: int, digest: str, answer: bytes) -> _Layout:
+    if _digest(answer) != digest:
+        raise ProtocolError(f"rank {rank} announced another layout than the one that it sent")
+    try:
+        return _LAYOUT.validate_json(answer)
+    except ValidationError as error:
+        raise ProtocolError(f"rank {rank} sent what is no layout: {error}") from None
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
