@@ -204,7 +204,7 @@ class GatheredMetas:
             raise UnknownCheckpointError(
                 f"{name!r} is registered but not gathered: call gather_metas first"
                 if name in registered
-                else f"{name!r} is neither registered, gathered nor loaded on rank {self._rank}, which has "
+                else f"{name!r} is neither registered nor gathered on rank {self._rank}, which has "
                 + _listed(registered)
             )
         if known.fleets:

@@ -23,7 +23,7 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
 
     def start(size: int, hosts: int) -> Fleet:
         engines = Engines(tmp_path_factory.mktemp("engines"))
-        fleet = Fleet(size, hosts, tmp_path_factory.mktemp("fleet"), engines)
+        fleet = Fleet(size, hosts, tmp_path_factory.mktemp("fleet"), engines, p2p=True)
         made.append((fleet, engines))
         return fleet
 

@@ -10,7 +10,12 @@ from ckpt_engine.timeline.trace import COMMITTED
 from tests.integration.conftest import World
 from tests.support.traces import check_committed, updates_in
 
-THREADS_BETWEEN_UPDATES = ("MainThread", "ckpt-engine-control", "ckpt-engine-control-server")
+THREADS_BETWEEN_UPDATES = (
+    "MainThread",
+    "ckpt-engine-control",
+    "ckpt-engine-control-server",
+    "ckpt-engine-leases",
+)
 AN_ERROR_IS_PROMPT_SECONDS = 20.0
 """Far below the update's timeout (60 s) and every deadline; far above what a loaded machine needs."""
 

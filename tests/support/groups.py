@@ -116,6 +116,8 @@ def updates(me: Caller, ps: ParameterServer) -> None:
 def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
+    # Else what rank 0 holds would be read from it, and no group made with it.
+    os.environ["CKPT_ENGINE_P2P"] = "off"
     os.environ["CKPT_ENGINE_HOST_ID"] = f"host{os.environ['RANK']}"
     worker = Worker(int(os.environ["LOCAL_RANK"]))
     try:

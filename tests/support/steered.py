@@ -226,11 +226,19 @@ class Engines:
 class Fleet:
     """The ranks of one launch, on as many seeming hosts, beside the workers of `engines`.
 
-    `like`: a fleet before, at whose ports and in whose directories this one takes its place.
+    `like`: a fleet before, at whose ports and in whose directories this one takes its place. `p2p`: whether
+    they can be read by P2P; else owners must take part.
     """
 
     def __init__(
-        self, size: int, hosts: int, directory: Path, engines: Engines, like: Fleet | None = None
+        self,
+        size: int,
+        hosts: int,
+        directory: Path,
+        engines: Engines,
+        like: Fleet | None = None,
+        *,
+        p2p: bool = False,
     ) -> None:
         self.size = size
         self.hosts = hosts
@@ -249,6 +257,7 @@ class Fleet:
             "MASTER_PORT": str(self.master_port),
             "CKPT_ENGINE_SOCKET_DIR": str(self.socket_dir),
             "CKPT_ENGINE_SLOT_MIB": "0.25",
+            "CKPT_ENGINE_P2P": "on" if p2p else "off",
         }
         self.ranks = [
             Steered(
