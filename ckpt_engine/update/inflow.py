@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +16,8 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, P2PError, P2PUnavailable, UpdateError
 from ckpt_engine.gathered import Senders
 from ckpt_engine.metadata import Metas, RankMetas, topology
-from ckpt_engine.planning.plan import Assignment, Bucket, UpdatePlan
-from ckpt_engine.planning.receivers import assign_receiver_ranks
+from ckpt_engine.planning.plan import Assignment, UpdatePlan
+from ckpt_engine.planning.reads import choose_receivers
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.timeline.recorder import Recorder
 from ckpt_engine.transport.leases import Lease
@@ -111,10 +110,7 @@ class Inflow:
         local = meeting.readers({held.p2p_transport for held in sources.by_number.values()})
         remote = topology(sources.planned)
 
-        def assign(buckets: Sequence[tuple[int, Bucket]]) -> list[tuple[int, int, Bucket]]:
-            return assign_receiver_ranks(buckets, local, remote)
-
-        return sources.planned, assign
+        return sources.planned, lambda buckets: choose_receivers(buckets, local, remote).assigned
 
     def start(self, plan: UpdatePlan, meeting: Meeting, recorder: Recorder) -> P2PReader | None:
         """Begins to read this rank's buckets; None: it has none.

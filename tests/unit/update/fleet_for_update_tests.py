@@ -38,7 +38,8 @@ NEVER = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One update to simulate. `held`: each rank's tensors, in bytes; `hosts`, `workers`: by rank."""
+    """One update to simulate. `held`: each rank's tensors, in bytes; `hosts`, `workers`: by rank. `outside`:
+    tensors of an owner that takes no part, and `places`: how many of its buckets a rank reads ahead."""
 
     seed: int
     slot_nbytes: int
@@ -47,6 +48,8 @@ class Case:
     held: tuple[tuple[int, ...], ...]
     hosts: tuple[int, ...]
     workers: tuple[bool, ...]
+    outside: tuple[int, ...] = ()
+    places: int = 1
 
 
 @st.composite
@@ -62,20 +65,32 @@ def cases(draw: st.DrawFn) -> Case:
         return st.tuples(*[what] * size)
 
     shares = for_each_rank(st.lists(sizes, max_size=9).map(tuple))
+    held, outside = draw(
+        st.tuples(shares, st.lists(sizes, max_size=9).map(tuple)).filter(
+            lambda both: any(any(share) for share in (*both[0], both[1]))
+        )
+    )
     return Case(
         seed=draw(st.integers(0, 2**32)),
         slot_nbytes=slot_nbytes,
         slot_count=draw(st.integers(1, 5)),
         staging=draw(st.booleans()),
-        held=draw(shares.filter(lambda held: any(any(share) for share in held))),
+        held=held,
+        outside=outside,
+        places=draw(st.integers(1, 3)),
         hosts=draw(for_each_rank(st.integers(0, 2))),
         workers=draw(for_each_rank(st.integers(0, 4).map(bool))),
     )
 
 
+OUTSIDE = 99
+"""The number of the owner that takes no part."""
+
+
 def metas_of(case: Case) -> Metas:
+    """Of the ranks, and of the owner outside."""
     metas = {}
-    for rank, sizes in enumerate(case.held):
+    for rank, sizes in [*enumerate(case.held), (OUTSIDE, case.outside)]:
         specs = [TensorSpec(f"{rank}.{i:02}", "uint8", (nbytes,), nbytes) for i, nbytes in enumerate(sizes)]
         buffers = tuple(
             HostBufferMeta(address=one.start, nbytes=one.nbytes, tensors=one.tensors)
@@ -104,6 +119,47 @@ class Share:
 
     def view(self, buffer: int, offset: int, nbytes: int) -> torch.Tensor:
         return self._buffers[buffer][offset : offset + nbytes]
+
+
+class SimulatedReader:
+    """A daemon: reads its rank's buckets ahead, each at any time, into places whose use is watched."""
+
+    def __init__(self, rank: SimulatedRank, share: Share, count: int, schedule: Schedule) -> None:
+        todo = rank.plan.read_by(rank.rank)
+        largest = max((item.nbytes for item in todo), default=0)
+        self._rank = rank
+        self._share = share
+        self._free = [torch.full((largest,), 0xCC, dtype=torch.uint8) for _ in range(count)]
+        self._todo = deque(todo)
+        self._under_way: list[tuple[PlannedBucket, torch.Tensor, Use]] = []
+        self._here: dict[int, torch.Tensor] = {}
+        self._random = schedule.random
+        schedule.daemons.append(self)
+
+    def ready(self) -> bool:
+        return bool(self._under_way or (self._todo and self._free))
+
+    def step(self) -> None:
+        if self._todo and self._free and (not self._under_way or self._random.random() < 0.5):
+            item, place = self._todo.popleft(), self._free.pop()
+            use = self._rank.device.use(place, f"reads bucket {item.index} by P2P", writes=True)
+            self._under_way.append((item, place, use))
+            return
+        item, place, use = self._under_way.pop(self._random.randrange(len(self._under_way)))
+        for part in item.bucket.ranges:
+            place[part.bucket_offset : part.bucket_offset + part.nbytes] = self._share.view(
+                part.buffer, part.offset, part.nbytes
+            )
+        use.end()
+        self._here[item.index] = place
+        self._rank.reactor.send("the reader", lambda: None)
+
+    def view(self, item: PlannedBucket) -> torch.Tensor | None:
+        place = self._here.get(item.index)
+        return None if place is None else place[: item.nbytes]
+
+    def let_go(self, item: PlannedBucket) -> None:
+        self._free.append(self._here.pop(item.index))
 
 
 class SimulatedReactor:
@@ -204,7 +260,9 @@ class Worker:
 class SimulatedRank:
     """A rank's walk, and what it walks through. Its device's memory may be another update's."""
 
-    def __init__(self, fleet: Fleet, schedule: Schedule, memory: Memory, share: Share) -> None:
+    def __init__(
+        self, fleet: Fleet, schedule: Schedule, memory: Memory, share: Share, outside: Share
+    ) -> None:
         self.plan = fleet.plan
         self.expected = fleet.expected
         self.device, self.ring = memory.device, memory.ring
@@ -223,6 +281,7 @@ class SimulatedRank:
             plan=self.plan,
             rank=rank,
             channel=channel,
+            reader=SimulatedReader(self, outside, fleet.case.places, schedule),
             deadline=Deadline.after(NEVER),
             reply_timeout=NEVER,
             **fakes,
@@ -259,9 +318,15 @@ class Fleet:
         self.case = case
         self.kind = kind
         in_host_memory = kind == HOST_MEMORY
+        metas = metas_of(case)
+        readers = random.Random(case.seed)
         self.plan: UpdatePlan = make_plan(
             "c",
-            metas_of(case),
+            {rank: held for rank, held in metas.items() if rank != OUTSIDE},
+            outside={OUTSIDE: metas[OUTSIDE]},
+            assign=lambda buckets: [
+                (readers.randrange(len(case.held)), owner, bucket) for owner, bucket in buckets
+            ],
             slot_nbytes=case.slot_nbytes,
             slot_count=case.slot_count,
             budget=2**40,
@@ -275,7 +340,8 @@ class Fleet:
         self._memory = []
         for rank in range(len(case.held)):
             device = SimulatedDevice(rank, self._uses, in_host_memory=in_host_memory)
-            staging = self.plan.staging_nbytes if rank in self.plan.owners() else 0
+            is_root = any(item.root == rank for item in self.plan.buckets)
+            staging = self.plan.staging_nbytes if is_root else 0
             self._memory.append(
                 Memory(
                     device,
@@ -288,12 +354,12 @@ class Fleet:
         """Raises AssertionError: what was not as it must be."""
         seed = self.case.seed + number
         schedule = Schedule(seed)
-        shares = [Share(held, seed) for held in metas_of(self.case).values()]
-        self.expected = {name: data for share in shares for name, data in share.tensors.items()}
+        *shares, outside = [Share(held, seed) for held in metas_of(self.case).values()]
+        self.expected = {name: data for share in (*shares, outside) for name, data in share.tensors.items()}
         self._broadcasts = Broadcasts(eager=schedule.random.random() < 0.5)
         self.ranks = []
         for memory, share in zip(self._memory, shares, strict=True):
-            self.ranks.append(SimulatedRank(self, schedule, memory, share))
+            self.ranks.append(SimulatedRank(self, schedule, memory, share, outside))
         schedule.run()
         assert not self._uses
         for rank in self.ranks:

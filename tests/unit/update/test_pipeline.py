@@ -58,6 +58,8 @@ def test_every_worker_gets_every_byte_and_nobody_is_disturbed(case: Case, kind: 
         (GLOO, SimulatedStaging, "mark_filled", None, "disturbs|is not there"),
         (HOST_MEMORY, SimulatedChannel, "give_back", None, "waits for"),
         (NCCL, SimulatedRing, "is_given_back", False, "waits for"),
+        (HOST_MEMORY, Part, "let_go", None, "waits for"),
+        (NCCL, Part, "let_go", None, "waits for"),
     ],
 )
 def test_the_simulation_notices_when_a_rule_is_gone(

@@ -1,0 +1,347 @@
+"""Reads ahead of their turn: which bytes arrive where, how far ahead, and what becomes of failed ones."""
+
+from __future__ import annotations
+
+import random
+import select
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from store_for_update_tests import FakeLease, FakeNetwork, FakeRead
+
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.errors import P2PError, UpdateError
+from ckpt_engine.metadata import HostBufferMeta, Metas, RankMetas, TensorMeta
+from ckpt_engine.planning.plan import PlannedBucket, UpdatePlan, make_plan
+from ckpt_engine.planning.sources import Sources
+from ckpt_engine.timeline.recorder import NO_RECORDER
+from ckpt_engine.transport.leases import Lease
+from ckpt_engine.update.p2p_reader import P2PReader
+from ckpt_engine.update.reading import Reading
+
+SEED = 20271002
+SECONDS = 30.0
+SLOT = 4096
+reproducible = settings(
+    derandomize=True,
+    deadline=None,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+
+
+class Owners:
+    """Fleets in this process's memory: `held[fleet][rank]` are tensors' names, of `nbytes` each."""
+
+    def __init__(self, held: list[list[list[str]]], nbytes: int = 3000) -> None:
+        self.memory: list[torch.Tensor] = []
+        self.expected: dict[str, torch.Tensor] = {}
+        self.fleets = [
+            {rank: self._rank(f"f{number}", rank, names, nbytes) for rank, names in enumerate(fleet)}
+            for number, fleet in enumerate(held)
+        ]
+
+    def _rank(self, fleet: str, rank: int, names: list[str], nbytes: int) -> RankMetas:
+        room = -(-nbytes // 256) * 256
+        memory = torch.zeros(max(1, room * len(names)), dtype=torch.uint8)
+        self.memory.append(memory)
+        for place, name in enumerate(names):
+            data = torch.frombuffer(
+                bytearray(random.Random(f"{SEED}-{name}").randbytes(nbytes)), dtype=torch.uint8
+            )
+            self.expected[name] = data
+            memory[place * room : place * room + nbytes] = data
+        tensors = tuple(
+            TensorMeta(name=name, dtype="uint8", shape=(nbytes,), offset=place * room, nbytes=nbytes)
+            for place, name in enumerate(names)
+        )
+        buffer = HostBufferMeta(
+            address=memory.data_ptr(), nbytes=memory.numel(), tensors=tensors, origin="the first share"
+        )
+        return RankMetas(
+            rank=rank,
+            host=f"host-{fleet}",
+            host_ip="",
+            device_uuid=f"{fleet}-{rank}",
+            epoch="e",
+            checkpoint="c",
+            session=fleet,
+            p2p_address=f"{fleet}:{rank}",
+            p2p_transport="memory",
+            lease_address=f"{fleet}:{rank}",
+            buffers=(buffer,) if names else (),
+        )
+
+
+def plan_of(sources: Sources, slot_nbytes: int = SLOT) -> UpdatePlan:
+    return make_plan(
+        "c",
+        {},
+        slot_nbytes=slot_nbytes,
+        slot_count=3,
+        budget=2**30,
+        outside=sources.planned,
+        assign=lambda buckets: [(0, owner, bucket) for owner, bucket in buckets],
+    )
+
+
+class Reads:
+    """A reader of all that `fleets` hold, in a network that a test steers."""
+
+    def __init__(self, fleets: list[Metas], places: int = 3, read_timeout: float = SECONDS) -> None:
+        self.network = FakeNetwork()
+        self.reading = Reading(self.network.make_store, None)
+        self.sources = Sources.of_fleets(fleets)
+        self.plan = plan_of(self.sources)
+        self.leases: dict[str, FakeLease] = {}
+        self.refuses: set[str] = set()
+        self._places = places
+        self._read_timeout = read_timeout
+
+    def start(self) -> P2PReader:
+        return P2PReader(
+            self.plan.read_by(0),
+            self.sources,
+            self.reading,
+            self._lease,
+            place_nbytes=max(item.nbytes for item in self.plan.buckets),
+            place_count=self._places,
+            read_timeout=self._read_timeout,
+            recorder=NO_RECORDER,
+        )
+
+    def _lease(self, held: RankMetas) -> Lease:
+        assert held.p2p_address is not None
+        if held.p2p_address in self.refuses:
+            raise P2PError("refused: its metas are out of date")
+        lease = self.leases.get(held.p2p_address)
+        if lease is None or lease.released.is_set():
+            lease = self.leases[held.p2p_address] = FakeLease()
+        return cast(Lease, lease)
+
+
+def wait(reader: P2PReader, done: Callable[[], bool]) -> None:
+    """As an update's reactor does."""
+    deadline = Deadline.after(SECONDS)
+    while not done():
+        assert not deadline.passed, "no news from the reader"
+        if select.select([reader.fileno()], [], [], 0.1)[0]:
+            reader.check()
+
+
+def take(reads: Reads, reader: P2PReader, item: PlannedBucket, owners: Owners) -> None:
+    """Waits for a bucket, compares its bytes, and lets it go."""
+    wait(reader, lambda: reader.view(item) is not None)
+    memory = reader.view(item)
+    assert memory is not None
+    for tensor in item.bucket.tensors:
+        got = memory[tensor.offset : tensor.offset + tensor.nbytes]
+        assert torch.equal(got, owners.expected[tensor.name]), tensor.name
+    reader.let_go(item)
+
+
+def read_all(reads: Reads, owners: Owners) -> P2PReader:
+    reader = reads.start()
+    try:
+        for item in reads.plan.buckets:
+            take(reads, reader, item, owners)
+    finally:
+        reader.stop()
+        reader.close()
+    return reader
+
+
+@pytest.fixture
+def owners() -> Owners:
+    return Owners([[["a", "b", "c"], ["d", "e"]]])
+
+
+@pytest.fixture
+def reads(owners: Owners) -> Iterator[Reads]:
+    made = Reads(owners.fleets)
+    yield made
+    made.reading.close()
+    assert all(store.closed for store in made.network.stores)
+
+
+def test_every_byte_arrives_and_each_bucket_is_checked(reads: Reads, owners: Owners) -> None:
+    reader = read_all(reads, owners)
+    assert reader.nbytes == 5 * 3000
+    assert {peer: lease.checks for peer, lease in reads.leases.items()} == {"f0:0": 3, "f0:1": 2}
+    assert all(lease.released.is_set() for lease in reads.leases.values())
+
+
+def test_the_store_and_the_staging_buffer_are_kept_for_the_next_update(reads: Reads, owners: Owners) -> None:
+    read_all(reads, owners)
+    read_all(reads, owners)
+    (store,) = reads.network.stores
+    assert len(store.registered) == 1
+
+
+def test_it_reads_ahead_as_far_as_there_is_room_and_no_further(reads: Reads, owners: Owners) -> None:
+    reader = reads.start()
+    buckets = reads.plan.buckets
+    wait(reader, lambda: all(reader.view(item) is not None for item in buckets[:3]))
+    assert len(reads.network.started) == 3
+    take(reads, reader, buckets[0], owners)
+    wait(reader, lambda: reader.view(buckets[3]) is not None)
+    assert len(reads.network.started) == 4
+    reader.stop()
+    reader.close()
+
+
+def test_several_reads_are_under_way_at_once(reads: Reads, owners: Owners) -> None:
+    reads.network.outcome = lambda read: True if len(reads.network.started) >= 3 else None
+    read_all(reads, owners)
+
+
+def test_what_nobody_else_holds_fails_by_name(reads: Reads, owners: Owners) -> None:
+    reads.network.outcome = lambda read: read.peer != "f0:1"
+    with pytest.raises(UpdateError) as caught:
+        read_all(reads, owners)
+    record = caught.value.record
+    assert (record.error_type, record.stage) == ("P2PError", "buckets")
+    assert reads.plan.buckets[record.bucket or 0].owner == 1
+    assert tuple(record.tensors) in (("d",), ("e",))
+    assert "rank 1 on host host-f0 (f0:1, session f0) cannot be read by P2P" in record.message
+    assert "nobody else holds" in record.message
+
+
+def test_after_a_failed_read_its_late_bytes_hit_nobody(reads: Reads, owners: Owners) -> None:
+    """Until the store is closed they may arrive; the memory is freed after that only."""
+    closed: list[bool] = []
+    network = reads.network
+
+    def outcome(read: FakeRead) -> bool | None:
+        if read.peer == "f0:1":
+            read.bring()
+            return False
+        return True
+
+    network.outcome = outcome
+    give_up = reads.reading.give_up
+
+    def watched() -> Any:  # noqa: ANN401
+        staging = give_up()
+        assert staging is not None
+        closed.append(network.stores[0].closed and not staging.arena.closed)
+        abandoned.append(staging)
+        return staging
+
+    abandoned: list[Any] = []
+    reads.reading.give_up = watched  # type: ignore[method-assign]
+    with pytest.raises(UpdateError):
+        read_all(reads, owners)
+    assert closed == [True]
+    assert abandoned[0].arena.closed
+    network.outcome = lambda read: True
+    read_all(reads, owners)
+    assert len(network.stores) == 2
+
+
+def test_a_stale_lease_is_refused_before_a_byte_is_read(reads: Reads, owners: Owners) -> None:
+    reads.refuses = {"f0:0"}
+    with pytest.raises(UpdateError, match="out of date"):
+        read_all(reads, owners)
+    assert not [read for read in reads.network.started if read.peer == "f0:0"]
+
+
+def test_bytes_whose_lease_has_ended_are_not_used(reads: Reads, owners: Owners) -> None:
+    lease = reads.leases["f0:0"] = FakeLease(lambda: lease.checks < 2)
+    reader = reads.start()
+    take(reads, reader, reads.plan.buckets[0], owners)
+    with pytest.raises(UpdateError, match="ended the lease"):
+        wait(reader, lambda: False)
+    of_owner_0 = [item for item in reads.plan.buckets if item.owner == 0]
+    assert reader.view(of_owner_0[1]) is None
+    reader.stop()
+    reader.close()
+
+
+def test_a_read_without_an_end_counts_as_failed(owners: Owners) -> None:
+    reads = Reads(owners.fleets, read_timeout=0.05)
+    reads.network.outcome = lambda read: None
+    with pytest.raises(UpdateError, match="no end of a read"):
+        read_all(reads, owners)
+    reads.reading.close()
+
+
+def test_an_update_that_ends_takes_its_reads_along(reads: Reads, owners: Owners) -> None:
+    reads.network.outcome = lambda read: None
+    reader = reads.start()
+    deadline = Deadline.after(SECONDS)
+    while len(reads.network.started) < 3:
+        assert not deadline.passed
+    reader.stop()
+    assert reads.network.stores[0].closed
+    assert all(lease.released.is_set() for lease in reads.leases.values())
+    reader.close()
+    reads.network.outcome = lambda read: True
+    read_all(reads, owners)
+
+
+def test_another_source_takes_a_dead_ones_place() -> None:
+    """Also where it holds the tensors in another order, and with others."""
+    owners = Owners([[["a", "b", "c"], ["d", "e"]], [["e", "c"], ["x", "b"], ["a", "d"]]])
+    reads = Reads(owners.fleets)
+    asked = 0
+
+    def outcome(read: FakeRead) -> bool | None:
+        nonlocal asked
+        asked += 1
+        return not (read.peer == "f0:0" and asked > 1)
+
+    reads.network.outcome = outcome
+    reader = read_all(reads, owners)
+    (lost,) = reader.lost
+    assert lost.startswith("rank 0 on host host-f0 (f0:0, session f0) cannot be read by P2P")
+    assert {read.peer for read in reads.network.started} & {"f1:0", "f1:1", "f1:2"}
+    reads.reading.close()
+
+
+@reproducible
+@given(data=st.data())
+def test_whatever_dies_the_bytes_are_right_or_the_error_is(data: st.DataObject) -> None:
+    """Fleets that share tensors out differently, and sources that die after any number of reads."""
+    names = [f"t{number}" for number in range(data.draw(st.integers(1, 12)))]
+    fleets = []
+    for _ in range(data.draw(st.integers(1, 3))):
+        order = data.draw(st.permutations(names))
+        cut = data.draw(st.integers(0, len(names)))
+        fleets.append([order[:cut], order[cut:]])
+    owners = Owners(fleets, nbytes=data.draw(st.integers(1, 5000)))
+    dies = {
+        f"f{fleet}:{rank}": data.draw(st.one_of(st.none(), st.integers(0, 3)))
+        for fleet in range(len(fleets))
+        for rank in range(2)
+    }
+    reads = Reads(owners.fleets, places=data.draw(st.integers(1, 4)))
+    served = dict.fromkeys(dies, 0)
+
+    def outcome(read: FakeRead) -> bool | None:
+        limit = dies[read.peer]
+        served[read.peer] += 1
+        return limit is None or served[read.peer] <= limit
+
+    reads.network.outcome = outcome
+    immortal = {peer for peer, limit in dies.items() if limit is None}
+    safe = {
+        name
+        for fleet, ranks in enumerate(fleets)
+        for rank, held in enumerate(ranks)
+        if f"f{fleet}:{rank}" in immortal
+        for name in held
+    }
+    try:
+        read_all(reads, owners)
+    except UpdateError as error:
+        assert not set(error.record.tensors) <= safe, "it could have been read"
+    finally:
+        reads.reading.close()
+    # Late bytes of failed reads: nobody's memory is hit, since their stores are closed.
+    for read in reads.network.failed:
+        assert read.store.closed
