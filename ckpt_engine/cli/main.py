@@ -22,6 +22,7 @@ from ckpt_engine.cli.compat import compat
 from ckpt_engine.cli.doctor import doctor
 from ckpt_engine.cli.inspect import inspect_checkpoint
 from ckpt_engine.cli.plan import plan_update
+from ckpt_engine.cli.report import report
 from ckpt_engine.cli.serve import serve
 from ckpt_engine.cli.update import UpdateCommand, update
 from ckpt_engine.errors import CkptEngineError, ConfigError, UpdateError
@@ -135,6 +136,7 @@ app.command("update", cls=UpdateCommand)(reported(update))
 app.command("serve")(reported(serve))
 app.command("inspect")(reported(inspect_checkpoint))
 app.command("plan")(reported(plan_update))
+app.command("report")(reported(report))
 app.command("doctor")(reported(doctor))
 app.command("compat")(reported(compat))
 app.command("demo")(reported(demo))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ckpt_engine.timeline.trace import (
     COMMITTED,
@@ -14,7 +16,9 @@ from ckpt_engine.timeline.trace import (
     SLOT_WAIT,
     STAGES,
     SUFFIX,
+    About,
     RankTrace,
+    Span,
     aligned,
     from_json,
 )
@@ -24,6 +28,16 @@ ROUNDING_SECONDS = 2e-6
 """A file has microseconds since the epoch, as doubles."""
 CLOCK_SECONDS = 0.005
 """By which a device's clock and its host's may differ."""
+
+
+def made_up(rank: int, spans: Sequence[Span], **fields: Any) -> RankTrace:  # noqa: ANN401 - of `About`
+    """A trace of nothing that has happened."""
+    known: dict[str, Any] = {"update": "u.01", "checkpoint": "c", "clock": "here", "met": 10.0, "ranks": 2}
+    known |= {"outcome": COMMITTED}
+    return RankTrace(
+        about=About(rank=rank, host="h", device=f"CPU-h-{rank}", device_type="cpu", **known | fields),
+        spans=spans,
+    )
 
 
 def updates_in(directory: Path) -> list[list[RankTrace]]:
