@@ -25,6 +25,12 @@ from ckpt_engine.settings import load_settings
 
 Shapes = dict[str, tuple[int, int]]
 Lines = list[dict[str, Any]]
+Tensors = list[tuple[str, torch.Tensor]]
+Handles = list[tuple[str, str]]
+Context = zmq.Context[zmq.Socket[bytes]]
+Receive = Callable[[Context, Handles, str, int | None, Callable[[Tensors], None]], dict[str, Any]]
+"""(context, handles, device UUID, device index, run) -> a status with an `outcome`. A function of a module:
+its name is sent to another process."""
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -68,12 +74,16 @@ def process_figures() -> dict[str, int]:
 
 
 class Worker:
-    """An engine's worker process, with parameters on the device."""
+    """An engine's worker process, with parameters on the device.
 
-    def __init__(self, kind: str, index: int, shapes: Shapes) -> None:
+    `receive`: what it receives an update with; see `Receive`.
+    """
+
+    def __init__(self, kind: str, index: int, shapes: Shapes, receive: Receive | None = None) -> None:
         self._pipe, there = _SPAWN.Pipe()
+        arguments = (kind, index, shapes, there, receive or receive_ours)
         # A daemon: a rank that fails must not wait for it.
-        self._process = _SPAWN.Process(target=_work, args=(kind, index, shapes, there), daemon=True)
+        self._process = _SPAWN.Process(target=_work, args=arguments, daemon=True)
         self._process.start()
 
     def wait_until_ready(self) -> None:
@@ -107,7 +117,13 @@ class Worker:
             raise SystemExit(f"the worker ended with {self._process.exitcode}")
 
 
-def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
+def receive_ours(
+    context: Context, handles: Handles, uuid: str, index: int | None, run: Callable[[Tensors], None]
+) -> dict[str, Any]:
+    return serve_update(context, handles, uuid, index, run=run)
+
+
+def _work(kind: str, index: int, shapes: Shapes, pipe: Connection, receive: Receive) -> None:
     torch.set_num_threads(1)
     number = index % torch.cuda.device_count() if kind == "cuda" else None
     device = torch.device("cpu") if number is None else torch.device("cuda", number)
@@ -120,7 +136,7 @@ def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
 
     seconds = 0.0
 
-    def run(tensors: list[tuple[str, torch.Tensor]]) -> None:
+    def run(tensors: Tensors) -> None:
         nonlocal seconds
         begin = time.perf_counter()
         for name, tensor in tensors:
@@ -135,7 +151,7 @@ def _work(kind: str, index: int, shapes: Shapes, pipe: Connection) -> None:
             pipe.send(sum_of(parameters))
             continue
         seconds = 0.0
-        status = serve_update(context, message, uuid, number, run=run)
+        status = receive(context, message, uuid, number, run)
         pipe.send(status | {"run_seconds": seconds})
 
 
