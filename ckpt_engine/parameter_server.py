@@ -239,11 +239,14 @@ class ParameterServer:
         """What was gathered or loaded last: rank -> what it holds."""
         return dict(self._gathered.shown)
 
-    def load_metas(self, metas: Metas | Sequence[Metas]) -> None:
-        """Replaces the senders' side of the checkpoint by another fleet's metas, and derives its topology.
+    def load_metas(self, metas: Metas | Sequence[Metas]) -> str:
+        """Replaces the senders' side of a checkpoint by another fleet's metas, and derives its topology.
 
         Updates of that checkpoint, which need `ranks`, then read it by P2P from the other fleet. Of several
         fleets that hold the same weights one is read, and the others are there in case its ranks die.
+
+        Returns:
+            The checkpoint's name, by these metas.
 
         Raises:
             CheckpointFormatError: the metas contradict themselves.
@@ -251,7 +254,7 @@ class ParameterServer:
         """
         fleets = [metas] if isinstance(metas, Mapping) else list(metas)
         # Through JSON: what another process sent is checked like what this one made.
-        self._gathered.load([metas_from_json(metas_to_json(fleet)) for fleet in fleets])
+        return self._gathered.load([metas_from_json(metas_to_json(fleet)) for fleet in fleets])
 
     @property
     def remote_topology(self) -> dict[str, set[int]]:

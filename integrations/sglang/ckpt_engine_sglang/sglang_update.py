@@ -21,16 +21,8 @@ import typer
 
 from ckpt_engine.cli import Verbose
 from ckpt_engine.cli.main import reported
-from ckpt_engine.cli.update import (
-    DEFAULT_ENDPOINT,
-    InferenceGroup,
-    Split,
-    UpdateMethod,
-    check_way,
-    not_negative,
-    positive,
-    push,
-)
+from ckpt_engine.cli.push import InferenceGroup, Split, UpdateMethod, Weights, push
+from ckpt_engine.cli.update import DEFAULT_ENDPOINT, not_negative, positive
 from ckpt_engine.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -169,15 +161,10 @@ def sglang_update(
             partial=partial,
             ignored=ignored,
         ),
-        checkpoint_path=Path(checkpoint_path),
-        checkpoint_name=checkpoint_name,
-        split=None,
+        Weights(path=Path(checkpoint_path), name=checkpoint_name),
         endpoints=endpoints,
         inference_parallel_size=inference_parallel_size,
         uds=uds,
-        sleep_time=0,
-        save_metas_file=None,
-        report_file=None,
         timeout=timeout,
         health_timeout=server_timeout,
     )
@@ -220,7 +207,11 @@ def command(
         typer.Option(help="What the server's answers carry from then on.", show_default="--checkpoint-name"),
     ] = None,
     update_method: Annotated[
-        UpdateMethod, typer.Option(help="How the weights travel. Only broadcast is in this version.")
+        UpdateMethod,
+        typer.Option(
+            help="broadcast: every rank gives its share. p2p: only the first server is updated, and reads "
+            "what other ranks hold from their memory. all: one after the other."
+        ),
     ] = UpdateMethod.BROADCAST,
     split: Annotated[
         Split | None,
@@ -255,7 +246,19 @@ def command(
         Path | None, typer.Option(help="Write what every rank holds to this file, as JSON (rank 0).")
     ] = None,
     load_metas_file: Annotated[
-        Path | None, typer.Option(help="Join the ranks whose metas these are; not in this version.")
+        list[Path] | None,
+        typer.Option(
+            help="Instead of a checkpoint: join the ranks whose metas these are. Repeated: fleets that hold "
+            "the same weights.",
+            show_default=False,
+        ),
+    ] = None,
+    join: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The same of a live fleet: URL of one of its parameter servers (`ckpt-engine serve`).",
+            show_default=False,
+        ),
     ] = None,
     report_file: Annotated[
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
@@ -285,7 +288,14 @@ def command(
         raise typer.BadParameter("is for --verify", param_hint="--checksums-file")
     if nnodes > 1 and master_addr is None:
         raise typer.BadParameter("say where host 0 is", param_hint="--master-addr")
-    checkpoint_path = check_way(checkpoint_path, load_metas_file, update_method)
+    weights = Weights.chosen(
+        path=checkpoint_path,
+        name=checkpoint_name,
+        split=split,
+        method=update_method,
+        metas_files=load_metas_file or (),
+        join=join or (),
+    )
     endpoints = endpoint or [f"http://{host}:{port}" if host else DEFAULT_ENDPOINT]
     api_key = _read_key(api_key_file)
     if "RANK" not in os.environ:
@@ -307,9 +317,7 @@ def command(
             verify=verify,
             checksums_file=checksums_file,
         ),
-        checkpoint_path=checkpoint_path,
-        checkpoint_name=checkpoint_name,
-        split=split,
+        weights,
         endpoints=endpoints,
         inference_parallel_size=inference_parallel_size,
         uds=uds,

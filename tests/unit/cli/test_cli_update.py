@@ -7,7 +7,9 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 import typer
 from engine_for_cli_tests import Engine
 
-from ckpt_engine.cli import update as update_module
-from ckpt_engine.cli.update import InferenceGroup, Split, inference_group, share_of
+from ckpt_engine import ParameterServer
+from ckpt_engine.cli import files
+from ckpt_engine.cli import push as push_module
+from ckpt_engine.cli.push import InferenceGroup, Split, inference_group, share_of
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta, metas_from_json, metas_to_json
 from ckpt_engine.server.engine_client import request_timeout
@@ -102,8 +106,7 @@ def test_a_lying_file(cli: Cli, lying_file: Path) -> None:
     [
         (("--inference-parallel-size", 2), "--inference-parallel-size: 2 does not divide the world size, 1"),
         (("--endpoint", "http://a", "--endpoint", "http://b"), "2 endpoints for 1 inference groups"),
-        (("--update-method", "p2p"), "--update-method: p2p is not in this version: use broadcast"),
-        (("--update-method", "all"), "--update-method: all is not in this version: use broadcast"),
+        (("--join", "http://a"), "give a checkpoint, or fleets to join"),
         (("--update-method", "other"), "--update-method"),
         (("--split", "layer"), "--split"),
         (("--timeout", "0"), "--timeout"),
@@ -136,7 +139,98 @@ def test_metas_to_join_are_checked_first(cli: Cli, tmp_path: Path) -> None:
     tensor = TensorMeta(name="w", dtype="float32", shape=(3,), offset=0, nbytes=12)
     buffer = HostBufferMeta(address=4096, nbytes=256, tensors=(tensor,))
     held = RankMetas(rank=0, host="h", host_ip="::1", device_uuid="d", epoch="e", buffers=(buffer,))
-    assert f"{metas} is right, but joining other ranks by P2P" in refused(metas_to_json({0: held}))
+    assert f"{metas}: metas of one checkpoint are needed" in refused(metas_to_json({0: held}))
+    held = held.model_copy(update={"checkpoint": "c"})
+    assert "'w' first) cannot be read by P2P: rank 0 on host h" in refused(metas_to_json({0: held}))
+
+
+class Owner:
+    """Another fleet, of one rank. `url`: gives its metas, as `ckpt-engine serve` does."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.ps = ParameterServer(rank=0, world_size=1, device="cpu")
+        self.ps.register_checkpoint("step-7", files=sorted(checkpoint.glob("*.safetensors")))
+        self.ps.gather_metas("step-7")
+        self.metas = metas_to_json(self.ps.get_metas())
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                found = self.path == "/v1/metas" and self.headers["Authorization"] == "Bearer sesame"
+                self.send_response(200 if found else 401)
+                self.end_headers()
+                self.wfile.write(owner.metas if found else b"no token")
+
+            def log_message(self, *arguments: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        self.ps.close()
+
+
+@pytest.fixture
+def owner(checkpoint: Path) -> Iterator[Owner]:
+    pytest.importorskip("mooncake.engine")
+    made = Owner(checkpoint)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("by", ["--load-metas-file", "--join"])
+def test_a_new_engine_joins_another_fleet(
+    cli: Cli, owner: Owner, engine: Engine, tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metas, report_file = tmp_path / "metas.json", tmp_path / "report.json"
+    metas.write_bytes(owner.metas)
+    monkeypatch.setenv("CKPT_ENGINE_API_TOKEN", "sesame")
+    where = metas if by == "--load-metas-file" else owner.url
+    done = cli("update", by, where, "--endpoint", engine.url, "--report-file", report_file)
+    assert done.exit_code == 0, done.output
+    assert sorted(engine.weights) == ["a.bias", "a.weight", "b.weight", "b[red]"]
+    assert torch.equal(engine.weights["a.weight"], torch.arange(2048, dtype=torch.float32))
+    assert [line.split()[0] for line in done.stdout.splitlines()[:3]] == ["load", "health", "update"]
+    assert "step-7 is in place" in done.stdout
+    assert "read by P2P (tcp)" in done.stdout
+    report = json.loads(report_file.read_text())
+    assert (report["update_method"], report["p2p_transport"], report["p2p_bytes"]) == ("join", "tcp", 10496)
+    assert "CKPT_ENGINE_P2P" not in os.environ
+
+
+def test_a_fleet_that_cannot_be_asked(cli: Cli, owner: Owner, engine: Engine) -> None:
+    done = cli("update", "--join", owner.url, "--endpoint", engine.url)
+    assert (done.exit_code, done.stderr) == (1, f"error: --join {owner.url}: HTTP 401: b'no token'\n")
+    done = cli("update", "--join", "http://127.0.0.1:1")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: --join http://127.0.0.1:1: ConnectError")
+    done = cli("update", "--join", "unix:/nowhere.sock")
+    assert done.stderr.startswith("error: --join unix:/nowhere.sock: ")
+
+
+@pytest.mark.parametrize("method", ["p2p", "all"])
+def test_the_first_group_reads_from_the_others(
+    checkpoint: Path, engine: Engine, tmp_path: Path, method: str
+) -> None:
+    pytest.importorskip("mooncake.engine")
+    other = Engine("CPU-here-1")
+    report_file = tmp_path / "report.json"
+    try:
+        arguments = ("--update-method", method, "--report-file", str(report_file))
+        ranks = _start_ranks(checkpoint, "--endpoint", engine.url, "--endpoint", other.url, *arguments)
+        (out, err), (_, other_err) = [rank.communicate(timeout=60) for rank in ranks]
+    finally:
+        other.close()
+    assert [rank.returncode for rank in ranks] == [0, 0], err + other_err
+    assert len(engine.weights) == 4
+    assert len(other.weights) == (4 if method == "all" else 0)
+    assert "read by P2P (tcp)" in out
+    assert json.loads(report_file.read_text())["p2p_bytes"] > 0
 
 
 def test_a_checkpoint_must_be_named(cli: Cli) -> None:
@@ -190,12 +284,12 @@ def test_groups_that_cannot_be_had(cli: Cli, checkpoint: Path, monkeypatch: pyte
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, link = tmp_path / "metas.json", tmp_path / "link.json"
     link.symlink_to(path)
-    update_module._write(link, b"one")
+    files.write(link, b"one")
     assert link.is_symlink()
     assert path.read_bytes() == b"one"
     mask = os.umask(0o027)
     try:
-        update_module._write(path, b"two")
+        files.write(path, b"two")
     finally:
         os.umask(mask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -205,10 +299,10 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ConfigError, match=r"metas\.json cannot be written: No space left"):
-        update_module._write(path, b"three")
+        files.write(path, b"three")
     assert path.read_bytes() == b"two"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["link.json", "metas.json"]
-    update_module._write(Path("/dev/null"), b"nowhere")
+    files.write(Path("/dev/null"), b"nowhere")
     assert not Path("/dev/null").is_file()
 
 
@@ -292,8 +386,8 @@ def test_the_http_request_ends_before_the_update(timeout: float) -> None:
 
 def test_plain_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
-    monkeypatch.setattr(update_module.time, "monotonic", lambda: now)
-    tell = update_module._plain_progress()
+    monkeypatch.setattr(push_module.time, "monotonic", lambda: now)
+    tell = push_module._plain_progress()
     tell(1024, 4096)
     now = 106.0
     tell(2048, 4096)
