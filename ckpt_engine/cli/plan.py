@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,9 @@ from ckpt_engine.cli import AsJson, Verbose, format_nbytes, print_table, printab
 
 if TYPE_CHECKING:
     from ckpt_engine.metadata import Metas
+    from ckpt_engine.planning.cluster import Cluster
     from ckpt_engine.planning.plan import UpdatePlan
+    from ckpt_engine.planning.prediction import Prediction
 
 _SHOWN_BUCKETS = 20
 
@@ -28,8 +31,19 @@ class Kind(str, Enum):
 
 
 def plan_update(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of them.")],
-    world_size: Annotated[int, typer.Option(min=1, help="Ranks, one per device.")],
+    path: Annotated[
+        Path | None, typer.Argument(help="A .safetensors file, or a directory of them.", show_default=False)
+    ] = None,
+    world_size: Annotated[
+        int | None, typer.Option(min=1, help="Ranks, one per device.", show_default="the cluster's")
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            help="A cluster's description (TOML or JSON): predicts how long the update would take there. It "
+            "may describe the checkpoint, too, in place of a path."
+        ),
+    ] = None,
     slot_mib: Annotated[
         float | None,
         typer.Option(help="MiB of a slot.", show_default="CKPT_ENGINE_SLOT_MIB, else 256 on CUDA, 16 on CPU"),
@@ -54,9 +68,12 @@ def plan_update(
 ) -> None:
     """Show what an update would do, without doing it.
 
-    The ring of slots, which rank sends what, and in which order. Touches no device.
+    The ring of slots, which rank sends what, and in which order; with --cluster also how long it would take,
+    by simulating just this plan. Touches no device.
     """
+    from ckpt_engine.planning.cluster import load_cluster
     from ckpt_engine.planning.plan import make_plan
+    from ckpt_engine.planning.prediction import predict
     from ckpt_engine.settings import GiB, load_settings
 
     _check_positive(slot_mib, "--slot-mib")
@@ -64,20 +81,45 @@ def plan_update(
     settings = load_settings()
     if slot_mib is not None:
         settings = settings.model_copy(update={"slot_mib": slot_mib})
+    described = None if cluster is None else load_cluster(cluster)
+    metas = _metas(path, world_size, described)
+    kind = device.value if described is None else described.device
     plan = make_plan(
-        str(path),
-        metas_from_headers(path, world_size),
-        slot_nbytes=settings.slot_nbytes(device.value),
-        staging=world_size > 1 and device is not Kind.CPU,
+        str(path or "the described checkpoint"),
+        metas,
+        slot_nbytes=settings.slot_nbytes(kind),
+        staging=len(metas) > 1 and kind != "cpu",
         slot_count=slot_count or settings.slot_count,
         budget=sys.maxsize
         if free_memory_gib is None
         else int(int(free_memory_gib * GiB) * settings.mem_fraction),
     )
+    predicted = None if described is None else predict(plan, described)
     if as_json:
-        typer.echo(json.dumps(plan.to_dict()))
-    else:
-        _show(plan, world_size, len(plan.buckets) if all_buckets else _SHOWN_BUCKETS)
+        extra = {} if predicted is None else {"predicted": asdict(predicted)}
+        typer.echo(json.dumps(plan.to_dict() | extra))
+        return
+    _show(plan, len(metas), len(plan.buckets) if all_buckets else 0 if described else _SHOWN_BUCKETS)
+    if described is not None and predicted is not None:
+        _show_prediction(described, predicted)
+
+
+def _metas(path: Path | None, world_size: int | None, cluster: Cluster | None) -> Metas:
+    from ckpt_engine.planning.cluster import synthetic_metas
+
+    if cluster is None:
+        if path is None or world_size is None:
+            raise typer.BadParameter("give a path and --world-size, or --cluster")
+        return metas_from_headers(path, world_size)
+    if world_size not in (None, cluster.world_size):
+        raise typer.BadParameter(
+            f"{world_size}, but the cluster has {cluster.world_size} ranks", param_hint="--world-size"
+        )
+    if path is not None:
+        return metas_from_headers(path, cluster.world_size)
+    if cluster.checkpoint is None:
+        raise typer.BadParameter("give a path, or describe the checkpoint in the cluster's file")
+    return synthetic_metas(cluster.checkpoint, cluster.world_size)
 
 
 def metas_from_headers(path: Path, world_size: int) -> Metas:
@@ -109,6 +151,43 @@ def _check_positive(value: float | None, option: str) -> None:
         raise typer.BadParameter(f"{value} is not a finite number above 0", param_hint=option)
 
 
+def _show_prediction(cluster: Cluster, predicted: Prediction) -> None:
+    console = table_console()
+    console.print(
+        f"{printable(cluster.name)}, {cluster.world_size} ranks: {predicted.seconds:.3f} s by the model; the "
+        f"buckets' time is mostly {predicted.bottleneck}'s"
+    )
+    print_table(
+        console,
+        "Predicted stages",
+        (("stage", False), ("s", True)),
+        ((name, f"{seconds:.4f}") for name, seconds in predicted.stages.items()),
+    )
+    print_table(
+        console,
+        "The busiest link of each kind",
+        (
+            ("link", False),
+            ("links", True),
+            ("bytes", True),
+            ("s busy", True),
+            ("GB/s", True),
+            ("limit", True),
+        ),
+        (
+            (
+                use.kind,
+                str(use.count),
+                format_nbytes(use.nbytes),
+                f"{use.busy:.4f}",
+                f"{use.rate:.2f}",
+                f"{use.capacity:.2f}",
+            )
+            for use in predicted.links
+        ),
+    )
+
+
 def _show(plan: UpdatePlan, world_size: int, shown: int) -> None:
     console = table_console()
     console.print(
@@ -127,6 +206,8 @@ def _show(plan: UpdatePlan, world_size: int, shown: int) -> None:
         (("rank", True), ("bytes", True)),
         ((str(rank), format_nbytes(nbytes)) for rank, nbytes in plan.owners().items()),
     )
+    if not shown:
+        return
     print_table(
         console,
         "Buckets",

@@ -96,3 +96,22 @@ def test_a_tensor_twice_on_one_rank(cli: Cli, checkpoint: Path) -> None:
 )
 def test_bad_sizes(cli: Cli, checkpoint: Path, option: tuple[str, object]) -> None:
     assert cli("plan", checkpoint, "--world-size", 1, *option).exit_code == 2
+
+
+def test_a_described_cluster_is_predicted(cli: Cli, tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "cluster.json"
+    described = {
+        "name": "two",
+        "ranks_per_host": 2,
+        "rates": {"h2d": 1, "reload": 1},
+        "checkpoint": {"gb": 0.001, "tensors": 10},
+    }
+    file.write_text(json.dumps(described))
+    found = json.loads(cli("plan", "--cluster", file, "--json").output)
+    assert found["predicted"]["stages"]["buckets"] > 0
+    assert found["tensors"] == 10
+    result = cli("plan", checkpoint, "--cluster", file)
+    assert result.exit_code == 0, result.output
+    assert "two, 2 ranks" in result.output
+    for bad in (("--cluster", file, "--world-size", 3), (checkpoint,), ("--world-size", 2)):
+        assert cli("plan", *bad).exit_code == 2

@@ -1,0 +1,275 @@
+"""How long an update would take: the very plan, walked by simulated ranks on a cluster in figures.
+
+A model. It has the walk of the movers (`update/`), their credits and staging buffers, and links that are
+shared fairly; it has neither contention that the figures do not know, nor a host's own slowness.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from ckpt_engine.planning.cluster import Cluster
+from ckpt_engine.planning.fluid import Counter, Delay, Link, Process, Reached, Simulation, Transfer
+from ckpt_engine.planning.plan import PlannedBucket, UpdatePlan
+
+GB = 1e9
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class LinkUse:
+    """The busiest of a kind of links: bytes through it, and the seconds in which any went. Rates in GB/s."""
+
+    kind: str
+    count: int
+    nbytes: float
+    busy: float
+    rate: float
+    capacity: float
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Prediction:
+    """`stages`: seconds of each, as in an `UpdateReport`. `bottleneck`: the kind of link that was busy for
+    the longest part of the stage of buckets."""
+
+    seconds: float
+    stages: dict[str, float]
+    links: tuple[LinkUse, ...]
+    bottleneck: str
+
+
+def predict(plan: UpdatePlan, cluster: Cluster) -> Prediction:
+    """Every rank of the cluster is updated, each by a worker of its own."""
+    walk = _on_hosts(plan, cluster) if cluster.device == "cpu" else _on_devices(plan, cluster)
+    buckets = walk.simulation.run()
+    own = cluster.seconds
+    stages = {
+        "begin": own.begin,
+        "handshake": own.handshake,
+        "buckets": buckets,
+        "release": own.release,
+        "post_hook": own.post_hook,
+        "decide": own.decide,
+        "publish": own.publish,
+    }
+    links = tuple(_use(kind, links) for kind, links in walk.links.items() if any(one.nbytes for one in links))
+    return Prediction(
+        seconds=sum(stages.values()),
+        stages=stages,
+        links=links,
+        bottleneck=max(links, key=lambda use: use.busy).kind if links else "",
+    )
+
+
+def _use(kind: str, links: list[Link]) -> LinkUse:
+    busiest = max(links, key=lambda link: link.busy)
+    return LinkUse(
+        kind=kind,
+        count=len(links),
+        nbytes=busiest.nbytes,
+        busy=busiest.busy,
+        rate=busiest.nbytes / busiest.busy / GB if busiest.busy else 0.0,
+        capacity=busiest.capacity / GB,
+    )
+
+
+@dataclass(kw_only=True)
+class _Walk:
+    simulation: Simulation = field(default_factory=Simulation)
+    links: dict[str, list[Link]] = field(default_factory=dict)
+
+    def link(self, kind: str, gb_per_second: float) -> Link:
+        link = Link(kind, gb_per_second * GB)
+        self.links.setdefault(kind, []).append(link)
+        return link
+
+
+def _reload(
+    walk: _Walk,
+    plan: UpdatePlan,
+    cluster: Cluster,
+    links: tuple[Link, ...],
+    arrived: Counter,
+    given_back: Counter,
+) -> Process:
+    """A worker. Those of all devices have the same work at the same times, so that one stands for all."""
+    own = cluster.seconds
+    for item in plan.buckets:
+        yield Reached(arrived, item.index + 1)
+        yield Delay(own.bucket + own.tensor * len(item.bucket.tensors))
+        yield Transfer(item.nbytes, links)
+        walk.simulation.add(given_back)
+
+
+# Devices of their own: update/device_movers.py
+
+
+def _on_devices(plan: UpdatePlan, cluster: Cluster) -> _Walk:
+    walk = _Walk()
+    arrived, given_back = Counter(), Counter()
+    rates = cluster.rates
+    hosts: dict[int, Link] = {}
+    h2d: dict[int, tuple[Link, ...]] = {}
+    for rank in plan.owners():
+        host = cluster.host_of(rank)
+        if rates.h2d_host is not None and host not in hosts:
+            hosts[host] = walk.link("H2D of a host", rates.h2d_host)
+        h2d[rank] = (walk.link("H2D", rates.h2d), *([hosts[host]] if host in hosts else []))
+    workers = (walk.link("reload", rates.reload),)
+    walk.simulation.start(_reload(walk, plan, cluster, workers, arrived, given_back))
+    if cluster.world_size == 1:
+        walk.simulation.start(_straight(walk, plan, h2d, arrived, given_back))
+        return walk
+    own = {rank: [item for item in plan.buckets if item.owner == rank] for rank in h2d}
+    filled, emptied = ({rank: Counter() for rank in own} for _ in range(2))
+    if plan.staging_nbytes:
+        walk.simulation.start(
+            *(_stage(walk, own[rank], h2d[rank], filled[rank], emptied[rank]) for rank in own)
+        )
+    walk.simulation.start(_broadcast(walk, plan, cluster, h2d, (filled, emptied), arrived, given_back))
+    return walk
+
+
+def _straight(
+    walk: _Walk, plan: UpdatePlan, h2d: dict[int, tuple[Link, ...]], arrived: Counter, given_back: Counter
+) -> Process:
+    """A lone rank."""
+    for item in plan.buckets:
+        yield Reached(given_back, item.waits_for + 1)
+        yield Transfer(item.nbytes, h2d[item.owner])
+        walk.simulation.add(arrived)
+
+
+def _stage(
+    walk: _Walk, items: list[PlannedBucket], links: tuple[Link, ...], filled: Counter, emptied: Counter
+) -> Process:
+    for number, item in enumerate(items):
+        yield Reached(emptied, number)
+        yield Transfer(item.nbytes, links)
+        walk.simulation.add(filled)
+
+
+def _broadcast(
+    walk: _Walk,
+    plan: UpdatePlan,
+    cluster: Cluster,
+    h2d: dict[int, tuple[Link, ...]],
+    staging: tuple[dict[int, Counter], dict[int, Counter]],
+    arrived: Counter,
+    given_back: Counter,
+) -> Process:
+    """All ranks' broadcast streams, which go the same way at the same time."""
+    filled, emptied = staging
+    rates = cluster.rates
+    links = [walk.link("broadcast", rates.broadcast)]
+    if cluster.hosts > 1:
+        links.append(walk.link("between hosts", rates.between_hosts or rates.broadcast))
+    steps = math.ceil(math.log2(cluster.hosts)) * cluster.seconds.step
+    for item in plan.buckets:
+        yield Reached(given_back, item.waits_for + 1)
+        if plan.staging_nbytes:
+            yield Reached(filled[item.owner], emptied[item.owner].value + 1)
+            yield Delay(item.nbytes / rates.copy_ / GB)
+            walk.simulation.add(emptied[item.owner])
+        else:
+            yield Transfer(item.nbytes, h2d[item.owner])
+        yield Delay(steps)
+        yield Transfer(item.nbytes, tuple(links))
+        walk.simulation.add(arrived)
+
+
+# Rings in host memory: update/host_mover.py
+
+
+def _on_hosts(plan: UpdatePlan, cluster: Cluster) -> _Walk:
+    walk = _Walk()
+    rates = cluster.rates
+    memory = [walk.link("memory of a host", rates.memory or 1e9) for _ in range(cluster.hosts)]
+    network = [walk.link("between hosts", rates.between_hosts or 1e9) for _ in range(cluster.hosts)]
+    count = len(plan.buckets)
+    # On each host the rank from whose ring the others copy has the bucket.
+    staged = [[Counter() for _ in range(count)] for _ in range(cluster.hosts)]
+    copied = [[Counter() for _ in range(count)] for _ in range(cluster.hosts)]
+    for rank in range(cluster.world_size):
+        host = cluster.host_of(rank)
+        links = (walk.link("copies of a rank", rates.h2d), memory[host])
+        one = _HostRank(
+            walk=walk,
+            plan=plan,
+            cluster=cluster,
+            rank=rank,
+            links=links,
+            network=network,
+            staged=staged,
+            copied=copied[host],
+        )
+        reload = (walk.link("reload", rates.reload), memory[host])
+        walk.simulation.start(
+            one.walks(),
+            one.announces(),
+            _reload(walk, plan, cluster, reload, one.announced, one.given_back),
+        )
+    return walk
+
+
+@dataclass(kw_only=True)
+class _HostRank:
+    """One rank whose ring lies in host memory: its one thread, and its worker."""
+
+    walk: _Walk
+    plan: UpdatePlan
+    cluster: Cluster
+    rank: int
+    links: tuple[Link, ...]
+    network: list[Link]
+    staged: list[list[Counter]]
+    copied: list[Counter]
+    here: Counter = field(default_factory=Counter)
+    announced: Counter = field(default_factory=Counter)
+    given_back: Counter = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._host = self.cluster.host_of(self.rank)
+        self._leader = self._host * self.cluster.ranks_per_host
+        self._own = [item for item in self.plan.buckets if item.owner == self.rank]
+
+    def _is_source(self, item: PlannedBucket) -> bool:
+        return self.rank == (item.owner if self._is_local(item) else self._leader)
+
+    def _is_local(self, item: PlannedBucket) -> bool:
+        return self.cluster.host_of(item.owner) == self._host
+
+    def _stages_ahead(self) -> Iterator[Transfer]:
+        while self._own and self._own[0].waits_for < self.given_back.value:
+            item = self._own.pop(0)
+            yield Transfer(item.nbytes, self.links)
+            self.walk.simulation.add(self.staged[self._host][item.index])
+
+    def walks(self) -> Process:
+        add = self.walk.simulation.add
+        for item in self.plan.buckets:
+            yield from self._stages_ahead()
+            yield Reached(self.given_back, item.waits_for + 1)
+            yield from self._stages_ahead()
+            if self._is_local(item) or self.rank != self._leader:
+                yield Reached(self.staged[self._host][item.index], 1)
+                if not self._is_source(item):
+                    yield Transfer(item.nbytes, self.links)
+                    add(self.copied[item.index])
+            else:
+                theirs = self.cluster.host_of(item.owner)
+                yield Reached(self.staged[theirs][item.index], 1)
+                yield Transfer(item.nbytes, (self.network[theirs], self.network[self._host]))
+                add(self.staged[self._host][item.index])
+            add(self.here)
+
+    def announces(self) -> Process:
+        """Not before nobody reads the bucket from this ring any more."""
+        readers = self.cluster.ranks_per_host - 1
+        for item in self.plan.buckets:
+            yield Reached(self.here, item.index + 1)
+            if self._is_source(item):
+                yield Reached(self.copied[item.index], readers)
+            self.walk.simulation.add(self.announced)
