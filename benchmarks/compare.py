@@ -79,8 +79,12 @@ class Contender:
         return float(self.hear())
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+        """Lets it end; a system that does not is ended."""
+        try:
+            self._process.communicate(timeout=60)  # closes its stdin
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
 
 
 def install(reference: tuple[str, ...], packages: Path) -> None:
@@ -95,7 +99,10 @@ def write_files(arguments: argparse.Namespace, directory: Path) -> None:
     names = list(tensors)
     for start in range(0, len(names), SHARD_TENSORS):
         shard = {name: tensors[name] for name in names[start : start + SHARD_TENSORS]}
-        save_file(shard, directory / f"model-{start:05}.safetensors")
+        file = directory / f"model-{start:05}.safetensors"
+        save_file(shard, file)
+        with file.open("rb") as written:
+            os.fsync(written.fileno())  # else the disk is at work during the first rounds
 
 
 def limit_seconds(nbytes: int) -> float:

@@ -113,6 +113,9 @@ class Contender:
     def unregister(self) -> float:
         return seconds_of(self._system.unregister)
 
+    def close(self) -> None:
+        self._worker.close()
+
     def forget(self) -> float:
         """Of the tensors, whose memory is needed for larger checkpoints."""
         self._tensors.clear()
@@ -144,6 +147,7 @@ def main() -> None:
     for line in sys.stdin:
         answers.write(json.dumps(getattr(contender, line.strip())()) + "\n")
         answers.flush()
+    contender.close()
 
 
 if __name__ == "__main__":
