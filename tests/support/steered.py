@@ -239,6 +239,7 @@ class Fleet:
         like: Fleet | None = None,
         *,
         p2p: bool = False,
+        **environment: str,
     ) -> None:
         self.size = size
         self.hosts = hosts
@@ -258,6 +259,7 @@ class Fleet:
             "CKPT_ENGINE_SOCKET_DIR": str(self.socket_dir),
             "CKPT_ENGINE_SLOT_MIB": "0.25",
             "CKPT_ENGINE_P2P": "on" if p2p else "off",
+            **environment,
         }
         self.ranks = [
             Steered(

@@ -71,8 +71,8 @@ class SteeredRankProcess:
     def register_files(self, name: str, files: list[str]) -> None:
         self.ps.register_checkpoint(name, files=files)
 
-    def unregister(self, name: str) -> None:
-        self.ps.unregister_checkpoint(name)
+    def unregister(self, name: str, force: bool = False) -> None:
+        self.ps.unregister_checkpoint(name, force=force)
 
     def gather(self, name: str, ranks: list[int] | None = None) -> None:
         self.ps.gather_metas(name, timeout=120, ranks=ranks)
