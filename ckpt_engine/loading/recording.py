@@ -22,11 +22,13 @@ Region = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 @dataclass
 class Written:
-    """What was written to a parameter: `regions` of it, and the tensors that they came from."""
+    """What was written to a parameter: `regions` of it, the tensors that they came from, and the dtypes that
+    were converted to the parameter's."""
 
     numel: int
     regions: dict[Region, int] = field(default_factory=dict)
     sources: set[str] = field(default_factory=set)
+    dtypes: set[torch.dtype] = field(default_factory=set)
 
     @property
     def written(self) -> int:
@@ -128,6 +130,8 @@ class Recording:
             for written in parameters:  # several where they are tied
                 written.regions[region] = target.numel()
                 written.sources |= names
+                if source is not None:
+                    written.dtypes.add(source.dtype)
             for each in names:
                 self.read[each] += 0 if source is None else source.numel()
             if len(names) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -25,16 +26,25 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True}),
     "tied": ("Qwen3Config", {"tie_word_embeddings": True}),
     "moe": ("Qwen3MoeConfig", {"tie_word_embeddings": False, **_EXPERTS}),
+    "fp8": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
+    "fp8-moe": (
+        "Qwen3MoeConfig",
+        {"tie_word_embeddings": False, "head_dim": 64, **_EXPERTS, "moe_intermediate_size": 128},
+    ),
 }
 """name -> transformers' config class, and what differs from the common shape."""
 
 
+_FP8_BLOCK = 128
+
+
 def make_tiny_checkpoint(directory: Path, architecture: str, seed: int) -> None:
-    """Writes config.json, model.safetensors in bfloat16 and a tokenizer, under 1 MiB in all."""
+    """Writes config.json, model.safetensors in bfloat16 and a tokenizer, under 2 MiB in all. Those whose name
+    begins with `fp8` have their projections in float8, with a scale for each block (as DeepSeek's)."""
     import transformers
 
     name, options = ARCHITECTURES[architecture]
-    config = getattr(transformers, name)(**_SHAPE, **options)
+    config = getattr(transformers, name)(**_SHAPE | options)
     config.dtype = torch.bfloat16
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +52,40 @@ def make_tiny_checkpoint(directory: Path, architecture: str, seed: int) -> None:
         for parameter_name, parameter in model.named_parameters():
             parameter.copy_(_draw(parameter_name, parameter, generator))
     model.to(torch.bfloat16).save_pretrained(directory)
+    if architecture.startswith("fp8"):
+        _quantise(directory)
     _save_tokenizer(directory)
+
+
+def _quantise(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            tensors[name], tensors[f"{name}_scale_inv"] = _in_blocks(tensor.float())
+        else:
+            tensors[name] = tensor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    block = [_FP8_BLOCK, _FP8_BLOCK]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "dynamic",
+        "weight_block_size": block,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def _in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix in float8, and what each of its blocks is to be multiplied by."""
+    rows, columns = (-(-size // _FP8_BLOCK) for size in weight.shape)
+    padded = torch.zeros(rows * _FP8_BLOCK, columns * _FP8_BLOCK)
+    padded[: weight.shape[0], : weight.shape[1]] = weight
+    blocks = padded.view(rows, _FP8_BLOCK, columns, _FP8_BLOCK)
+    scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    whole = (blocks / scales[:, None, :, None]).view_as(padded)
+    return whole[: weight.shape[0], : weight.shape[1]].to(torch.float8_e4m3fn).contiguous(), scales
 
 
 def _draw(name: str, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -22,6 +22,7 @@ _HEALTH_SECONDS = 3.0
 _INFO_SECONDS = 120.0
 """For what SGLang asks its schedulers, which answer between two steps."""
 HTTP_UNAVAILABLE = 503
+_REFUSED = (401, 403)
 _MODEL_INFO = ("/model_info", "/get_model_info")
 _SERVER_INFO = ("/server_info", "/get_server_info")
 """Newest first: SGLang renamed its routes."""
@@ -45,12 +46,15 @@ class SglangServer:
     Args:
         endpoint: such as `http://127.0.0.1:30000`.
         uds: the Unix socket to speak over; the endpoint then only fills the Host header.
-        api_key: the server's `--admin-api-key`, or its `--api-key` where it has no other.
+        api_key: the server's `--api-key`, or the only one that it has.
+        admin_api_key: its `--admin-api-key` beside it: then SGLang takes one of them for some of its routes,
+            and the other one for others.
     """
 
     endpoint: str
     uds: str | None = None
     api_key: str | None = None
+    admin_api_key: str | None = None
 
     def update(
         self,
@@ -175,8 +179,8 @@ class SglangServer:
                     break
                 if answer.status == 200:
                     return
-                if answer.status in (401, 403):
-                    raise EngineRequestError(f"{self._where()} wants an API key: HTTP {answer.status}")
+                if answer.status in _REFUSED:
+                    raise EngineRequestError(self._wants_a_key(answer.status))
                 last = f"HTTP {answer.status}: {answer.text}"
                 if answer.status != 404:
                     break
@@ -192,6 +196,8 @@ class SglangServer:
             answer = self._send(method, path, timeout, body)
             if answer.status != 404 or path == paths[-1]:
                 break
+        if answer.status in _REFUSED:
+            raise EngineRequestError(f"{self._wants_a_key(answer.status)} for {path}")
         if not 200 <= answer.status < 300:
             raise EngineRequestError(
                 f"{self._where()} answered {path} with HTTP {answer.status}: {answer.text}"
@@ -205,7 +211,14 @@ class SglangServer:
 
     def _send(self, method: str, path: str, timeout: float, body: dict[str, Any] | None = None) -> Answer:
         url = self.endpoint.rstrip("/") + path
-        return ask_engine(method, url, timeout, self.uds, body=body, api_key=self.api_key)
+        answer = ask_engine(method, url, timeout, self.uds, body=body, api_key=self.api_key)
+        if answer.status in _REFUSED and self.admin_api_key is not None:
+            return ask_engine(method, url, timeout, self.uds, body=body, api_key=self.admin_api_key)
+        return answer
+
+    def _wants_a_key(self, status: int) -> str:
+        other = "another" if self.api_key or self.admin_api_key else "an"
+        return f"{self._where()} wants {other} API key: HTTP {status}"
 
     def _where(self) -> str:
         return f"SGLang at {self.endpoint}" + (f" (Unix socket {self.uds})" if self.uds else "")

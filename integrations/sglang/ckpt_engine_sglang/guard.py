@@ -73,13 +73,14 @@ def install(_result: object, manager: Any, *_: Any) -> None:  # noqa: ANN401 - S
 
 async def reason_of(manager: Any) -> str | None:  # noqa: ANN401
     """Why this server must not generate now; known at the end of an update that is under way."""
+    from ckpt_engine_sglang.versions import served_weight_version
     from ckpt_engine_sglang.worker_update import INCOMPLETE, INCOMPLETE_NOTE
 
     while (update := getattr(manager, UPDATE, None)) is not None:
         await update.wait()
     if getattr(manager, "initial_weights_loaded", True) is False:
         return "this server still has its dummy weights, and waits for its first update"
-    if manager.config_value("weight_version") == INCOMPLETE:
+    if served_weight_version(manager) == INCOMPLETE:
         return f"an update failed. {INCOMPLETE_NOTE}"
     return None
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from ckpt_engine.loading.recording import Recording
 
-_SCALE = re.compile(r"(_scale|_scale_inv|_zero_point|_global_scale|\.scale|_offset)\d*$")
-"""What a quantised layer computes where the checkpoint does not hold it."""
+_WEIGHTS = re.compile(r"(weight|weight_packed|qweight|weight_scale|weight_scale_inv|weight_scale_2|scales)$")
+"""What a quantised layer never computes: without its new scales a new weight is another one."""
 _DRAFTERS = r"^(model\.)?mtp\."
 _TIED = r"lm_head\.weight$"
 _OUTSIDE_LAYERS = r"^(?!(.*\.)?layers\.\d+\.).*(embed_tokens|lm_head|norm)\.weight$"
@@ -26,11 +26,16 @@ def passed_over(*, tied: bool, shares: bool) -> re.Pattern[str]:
     )
 
 
-def filled_well_enough(recording: Recording, quantized: Iterable[str]) -> set[str]:
-    """Parameters of quantised modules: one write is enough, since they are repacked, and scales may be
-    computed."""
+def filled_well_enough(recording: Recording, quantized: Iterable[str], *, repacked: bool) -> set[str]:
+    """Parameters of quantised modules that need not be filled wholly: caches' and inputs' scales, orders of
+    columns and the like, which many checkpoints do not hold.
+
+    Args:
+        repacked: the load was recorded in a layout that is not the checkpoint's: one write is enough.
+    """
     return {
         name
         for name in quantized
-        if name in recording.parameters and (recording.parameters[name].regions or _SCALE.search(name))
+        if name in recording.parameters
+        and (not _WEIGHTS.search(name) or (repacked and recording.parameters[name].regions))
     }

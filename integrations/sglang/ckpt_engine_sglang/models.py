@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,12 @@ from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.loading.completeness import Rules, check_complete, parameters_in
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import NotRehearsable, named_parameters, rehearse
+from ckpt_engine_sglang import layouts, versions
 from ckpt_engine_sglang.leniency import filled_well_enough
 
+logger = logging.getLogger(__name__)
+
 NamedTensors = list[tuple[str, torch.Tensor]]
-_LOADING = ("restore_weights_before_loading", "load_weights_only", "postprocess_weights")
 
 
 class Model:
@@ -33,6 +36,7 @@ class Model:
         self._model: torch.nn.Module = runner.model
         self._device = torch.device(runner.device)
         self._restored = False
+        self._addresses: dict[str, int] = {}
         self._live: Recording | None = None
         self.recording: Recording | None = None
         """Known before the load where the model can be rehearsed, after it where it cannot."""
@@ -41,22 +45,11 @@ class Model:
 
     def refuse_unsupported(self) -> None:
         """Raises ConfigError where a write into the weights in place would not be enough, or too much."""
-        from sglang.srt.model_loader.loader import DefaultModelLoader
-
-        missing = [name for name in _LOADING if not hasattr(DefaultModelLoader, name)]
-        if missing:
-            raise ConfigError(f"this SGLang's DefaultModelLoader has no {', '.join(missing)}")
-        updater = self._runner.weight_updater
-        inactive = getattr(updater, "_assert_weight_cache_inactive", None)
-        if inactive is not None:
-            try:
-                inactive("an update")
-            except RuntimeError as error:
-                raise ConfigError(str(error)) from None
-        from sglang.srt.model_executor.model_runner_components import weight_updater
-
-        derived = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
-        reason = derived(self._model) if derived is not None else None
+        reason = versions.cache_problem(self._model, getattr(self._runner, "weight_updater", self._runner))
+        if getattr(self._model, "flash_rl_initial_load_complete", False):
+            reason = "it was loaded as flash_rl, which quantises all weights of a checkpoint in one call"
+        if reason is None:
+            reason = layouts.no_way_back(self._model)
         if reason is not None:
             raise ConfigError(f"{self.role} model: {reason}")
         for name, module in self._model.named_modules():
@@ -72,12 +65,11 @@ class Model:
         Raises:
             WeightsMismatch: it would refuse one.
         """
-        if self.quantized_parameters():
-            return
         try:
             with self._default_dtype():
-                self.recording = rehearse(self._model, [tensors])
-        except NotRehearsable:
+                self.recording = rehearse(self._model, [tensors], layouts.restored)
+        except NotRehearsable as error:
+            logger.info("%s model: judged after the load, since it %s", self.role, error)
             self.recording = None
 
     def quantized_parameters(self) -> list[str]:
@@ -100,22 +92,21 @@ class Model:
 
     def load(self, tensors: NamedTensors) -> None:
         """One bucket, or what of it can be loaded without others."""
-        from sglang.srt.model_loader.loader import DefaultModelLoader
-
         if not self._restored:
             self._restored = True
-            DefaultModelLoader.restore_weights_before_loading(self._model, self._device)
+            self._addresses = self._parameter_addresses()
+            versions.restore(self._model, self._device)
             if self.recording is None:
                 self._live = Recording(named_parameters(self._model))
         with self._default_dtype():
             if self._live is None:
-                DefaultModelLoader.load_weights_only(self._model, iter(tensors), self._device)
+                versions.load(self._model, tensors, self._device)
                 return
             self._live.set_targets(named_parameters(self._model))
             for name, tensor in tensors:
                 self._live.add_source(name, tensor)
             with self._live.at_work():
-                DefaultModelLoader.load_weights_only(self._model, iter(tensors), self._device)
+                versions.load(self._model, tensors, self._device)
             self._live.drop_sources()
 
     def finish(self, rules: Rules) -> None:
@@ -124,10 +115,16 @@ class Model:
             self.recording = self._live
             self.check_complete(rules)
         self._postprocess()
+        self._check_graphs()
 
     def check_complete(self, rules: Rules) -> None:
+        """Raises WeightsMismatch: the update does not fill all parameters, or with what does not fit."""
         assert self.recording is not None
-        check_complete(self.recording, rules, filled_well_enough(self.recording, self.quantized_parameters()))
+        layouts.check_dtypes(self.recording, named_parameters(self._model))
+        optional = filled_well_enough(
+            self.recording, self.quantized_parameters(), repacked=self._live is not None
+        )
+        check_complete(self.recording, rules, optional)
 
     def give_up(self) -> None:
         """After a failure: what was restored for loading must be what the forward pass expects again."""
@@ -135,11 +132,24 @@ class Model:
             self._postprocess()
 
     def _postprocess(self) -> None:
-        from sglang.srt.model_loader.loader import DefaultModelLoader
-
         self._restored = False
         with self._default_dtype():
-            DefaultModelLoader.postprocess_weights(self._model, self._device)
+            versions.post_process(self._model, self._device)
+
+    def _parameter_addresses(self) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in named_parameters(self._model).items()}
+
+    def _check_graphs(self) -> None:
+        """CUDA graphs read the memory that weights had when they were captured."""
+        if not versions.has_cuda_graphs(self._runner):
+            return
+        now = self._parameter_addresses()
+        moved = [name for name, address in self._addresses.items() if now.get(name) != address]
+        if moved:
+            raise ConfigError(
+                f"{self.role} model: SGLang moved {len(moved)} weights in memory ({moved[0]} ...), but its "
+                "CUDA graphs read the old ones: start the server with --disable-cuda-graph to update it"
+            )
 
     def _default_dtype(self) -> Any:  # noqa: ANN401 - a context manager
         from sglang.srt.model_loader.utils import set_default_torch_dtype

@@ -8,39 +8,22 @@ handler in place, and serves it the module that it imports (`stock_worker`): upd
 from __future__ import annotations
 
 import asyncio
-import importlib
 import importlib.util
-import inspect
 import logging
 import sys
 from typing import Any
 
-from ckpt_engine_sglang import guard
+from ckpt_engine_sglang import guard, layouts
+from ckpt_engine_sglang.versions import MAKE_MODEL, MANAGER, TOKENIZER, unknown_layout
 
 logger = logging.getLogger(__name__)
 
-MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 STOCK_PACKAGE = "checkpoint_engine"
 """What SGLang's own handler imports."""
 ARGUMENTS = "sglang.srt.server_args.prepare_server_args"
 WAIT_FLAG = "--checkpoint-engine-wait-weights-before-ready"
 OTHER_WAIT_FLAG = "--wait-for-initial-weights"
 """What the reference's documents call it."""
-TOKENIZER = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
-_NEEDED = {
-    MANAGER: (
-        *("_select_runners", "_observe_weight_load", "update_weights_from_ipc"),
-        *("flush_cache_after_weight_update", "record_weight_version_after_update"),
-    ),
-    TOKENIZER: ("init_communicators", "update_weights_from_ipc"),
-    "sglang.srt.runtime_context.get_parallel": (),
-}
-_PARAMETERS = {
-    "update_weights_from_ipc": [["self", "recv_req"]],
-    "flush_cache_after_weight_update": [["self", "recv_req"], ["self", "recv_req", "success", "message"]],
-    "record_weight_version_after_update": [["self", "weight_version"]],
-}
-"""Of the manager's methods, in any of the versions that are known."""
 
 
 def register() -> None:
@@ -53,6 +36,7 @@ def register() -> None:
         serve_stock_handler(problem)
         return
     HookRegistry.register(f"{MANAGER}.update_weights_from_ipc", update_weights_from_ipc, HookType.REPLACE)
+    HookRegistry.register(MAKE_MODEL, layouts.remember, HookType.AFTER)
     HookRegistry.register(f"{TOKENIZER}.update_weights_from_ipc", note_outcome, HookType.AROUND)
     if guard.wanted():
         HookRegistry.register(f"{TOKENIZER}.init_communicators", guard.install, HookType.AFTER)
@@ -89,25 +73,6 @@ async def note_outcome(original: Any, manager: Any, request: Any, *rest: Any) ->
 def accept_other_flag(argv: list[str]) -> tuple[tuple[list[str]], dict[str, Any]]:
     """Before SGLang reads its command line."""
     return ([WAIT_FLAG if argument == OTHER_WAIT_FLAG else argument for argument in argv],), {}
-
-
-def unknown_layout() -> str | None:
-    """Why this plugin does not fit the installed SGLang; None: it does."""
-    found: dict[str, Any] = {}
-    for path, names in _NEEDED.items():
-        module, _, name = path.rpartition(".")
-        try:
-            found[path] = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            return f"it has no {path} ({error})"
-        missing = [each for each in names if not hasattr(found[path], each)]
-        if missing:
-            return f"its {name} has no {', '.join(missing)}"
-    for name, known in _PARAMETERS.items():
-        parameters = list(inspect.signature(getattr(found[MANAGER], name)).parameters)
-        if parameters not in known:
-            return f"its {name} takes {parameters}"
-    return None
 
 
 def serve_stock_handler(problem: str) -> None:

@@ -52,6 +52,7 @@ class SglangTarget:
     endpoints: Sequence[str]
     weight_version: str
     api_key: str | None = None
+    admin_api_key: str | None = None
     flush_cache: bool = True
     partial: bool = False
     ignored: Sequence[str] = ()
@@ -109,7 +110,7 @@ class SglangTarget:
     def _server(self, endpoint: str | None = None) -> SglangServer:
         from ckpt_engine_sglang.client import SglangServer
 
-        return SglangServer(endpoint or self.group.endpoint, self.group.uds, self.api_key)
+        return SglangServer(endpoint or self.group.endpoint, self.group.uds, self.api_key, self.admin_api_key)
 
     def _verify(self, server: SglangServer) -> None:
         from ckpt_engine_sglang.verify import compare
@@ -140,6 +141,7 @@ def sglang_update(
     weight_version: str | None = None,
     uds: str | None = None,
     api_key: str | None = None,
+    admin_api_key: str | None = None,
     partial: bool = False,
     ignored: Sequence[str] = (),
     timeout: float = 600.0,
@@ -158,6 +160,7 @@ def sglang_update(
             endpoints=endpoints,
             weight_version=weight_version or checkpoint_name,
             api_key=api_key,
+            admin_api_key=admin_api_key,
             partial=partial,
             ignored=ignored,
         ),
@@ -193,8 +196,15 @@ def command(
     api_key_file: Annotated[
         Path | None,
         typer.Option(
-            help="A file with the server's --admin-api-key, or its --api-key.",
+            help="A file with the server's --api-key, or the only one that it has.",
             show_default="what SGLANG_API_KEY holds",
+        ),
+    ] = None,
+    admin_api_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with its --admin-api-key, where it has both.",
+            show_default="what SGLANG_ADMIN_API_KEY holds",
         ),
     ] = None,
     inference_parallel_size: Annotated[
@@ -297,9 +307,15 @@ def command(
         join=join or (),
     )
     endpoints = endpoint or [f"http://{host}:{port}" if host else DEFAULT_ENDPOINT]
-    api_key = _read_key(api_key_file)
+    api_key = _read_key(api_key_file, "--api-key-file", "SGLANG_API_KEY")
+    admin_api_key = _read_key(admin_api_key_file, "--admin-api-key-file", "SGLANG_ADMIN_API_KEY")
     if "RANK" not in os.environ:
-        size = inference_parallel_size or _ranks_of(endpoints[0], uds, api_key, server_timeout)
+        from ckpt_engine_sglang.client import SglangServer
+
+        size = inference_parallel_size or _ranks_of(
+            SglangServer(endpoints[0], uds.replace("{group}", "0") if uds else None, api_key, admin_api_key),
+            server_timeout,
+        )
         ranks = nproc_per_node or -(-size * len(endpoints) // nnodes)
         if ranks * nnodes > 1:
             raise typer.Exit(_under_torchrun(ranks, size, nnodes, node_rank, master_addr, master_port))
@@ -310,6 +326,7 @@ def command(
             endpoints=endpoints,
             weight_version=weight_version or checkpoint_name,
             api_key=api_key,
+            admin_api_key=admin_api_key,
             flush_cache=flush_cache,
             partial=partial,
             ignored=ignore or (),
@@ -329,23 +346,20 @@ def command(
     )
 
 
-def _read_key(path: Path | None) -> str | None:
+def _read_key(path: Path | None, option: str, variable: str) -> str | None:
     if path is None:
-        return os.environ.get("SGLANG_API_KEY") or None
+        return os.environ.get(variable) or None
     try:
         key = path.read_text().strip()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--api-key-file {path}: {error}") from None
+        raise ConfigError(f"{option} {path}: {error}") from None
     if not key:
-        raise ConfigError(f"--api-key-file {path} is empty")
+        raise ConfigError(f"{option} {path} is empty")
     return key
 
 
-def _ranks_of(endpoint: str, uds: str | None, api_key: str | None, timeout: float) -> int:
+def _ranks_of(server: SglangServer, timeout: float) -> int:
     """How many ranks the (first) server has."""
-    from ckpt_engine_sglang.client import SglangServer
-
-    server = SglangServer(endpoint, uds.replace("{group}", "0") if uds else None, api_key)
     server.wait_until_serving(timeout)
     return server.info().worker_count
 

@@ -6,10 +6,9 @@ parameter servers' verdict alone: a collective of the engine would wait for ever
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import refuse_update, serve_update
 from ckpt_engine.loading.completeness import Rules, check_names, check_shapes
 from ckpt_engine.loading.recording import Recording
+from ckpt_engine_sglang import versions
 from ckpt_engine_sglang.device_identity import device_of
 from ckpt_engine_sglang.leniency import passed_over
 from ckpt_engine_sglang.models import Model, NamedTensors
@@ -69,7 +69,7 @@ class WorkerUpdate:
 
     def _receive(self, context: zmq.Context[Any]) -> Mapping[str, Any]:
         try:
-            runners = list(self._manager._select_runners())
+            runners = versions.model_runners(self._manager)
             device_uuid, device_id = device_of(runners[0][1])
             target = Model(*runners[0])
             drafts = [Model(role, runner) for role, runner in runners[1:]]
@@ -138,8 +138,6 @@ class WorkerUpdate:
     # Before
 
     def _make_rules(self) -> Rules:
-        from sglang.srt.runtime_context import get_parallel
-
         try:
             options = json.loads(self._options)
             partial, ignored = (
@@ -148,15 +146,15 @@ class WorkerUpdate:
             )
         except (ValueError, AttributeError, TypeError) as error:
             raise ConfigError(f"{OPTIONS_KEY}={self._options!r}: {error}") from None
-        parallel = get_parallel()
+        parallel = versions.parallel()
         config = self._manager.tp_worker.model_runner.model_config
         text = getattr(config, "hf_text_config", config.hf_config)
         layers = getattr(text, "num_hidden_layers", 0)
-        shares = parallel.pp_size > 1 or getattr(parallel, "ep_size", 1) > 1
+        shares = parallel.pp > 1 or parallel.ep > 1
         return Rules(
             partial=partial,
             ignored=ignored,
-            parallel_size=parallel.tp_size,
+            parallel_size=parallel.tp,
             shares=shares,
             drafter_layers=range(layers, layers + (getattr(text, "num_nextn_predict_layers", 0) or 0)),
             passed_over=passed_over(tied=bool(getattr(text, "tie_word_embeddings", False)), shares=shares),
@@ -164,8 +162,7 @@ class WorkerUpdate:
 
     def _refuse_busy(self) -> None:
         """The caches cannot be flushed under a request: SGLang would say so only when the weights are new."""
-        scheduler = self._manager.scheduler
-        if self._request.flush_cache and not scheduler.is_fully_idle(ignore_waiting=scheduler._engine_paused):
+        if self._request.flush_cache and not versions.is_idle(self._manager.scheduler):
             raise ConfigError(
                 "requests are running or queued, so that SGLang cannot flush its caches: finish or retract "
                 "them (pause_generation with mode abort or retract), or update with flush_cache false"
@@ -185,10 +182,8 @@ class WorkerUpdate:
 
     def _may_be_incomplete(self, status: Mapping[str, Any]) -> bool:
         """Another rank may have begun when this one had not; but what this one refuses, all of them do."""
-        from sglang.srt.runtime_context import get_parallel
-
-        parallel = get_parallel()
-        return bool(status["touched"]) or (parallel.tp_size * parallel.pp_size > 1 and not self._refused)
+        parallel = versions.parallel()
+        return bool(status["touched"]) or (parallel.tp * parallel.pp > 1 and not self._refused)
 
     def _settle(self, committed: bool, message: str) -> str:
         """The weight version, and the caches: flushed after any outcome. All ranks must have the same ones,
@@ -196,21 +191,12 @@ class WorkerUpdate:
         version = self._request.weight_version if committed else None
         if INCOMPLETE_NOTE in message:
             version = INCOMPLETE
-        _log_failure("the weight version", lambda: self._manager.record_weight_version_after_update(version))
-        return self._flush(committed, message)
-
-    def _flush(self, committed: bool, message: str) -> str:
-        flush = self._manager.flush_cache_after_weight_update
-        if takes_outcome(flush):
-            _, message = flush(self._request, committed, message)
-        else:  # SGLang 0.5.21: asserts that no request is in the way, which `_refuse_busy` has seen to
-            _log_failure("the caches", lambda: flush(self._request))
-        return str(message)
-
-
-def takes_outcome(flush: Callable[..., Any]) -> bool:
-    """Whether SGLang's flush_cache_after_weight_update, bound, takes the outcome, and returns one."""
-    return len(inspect.signature(flush).parameters) > 1
+        _log_failure("the weight version", lambda: versions.record_weight_version(self._manager, version))
+        try:
+            return versions.flush_caches(self._manager, self._request, committed, message)
+        except Exception:
+            logger.exception("the caches: failed")
+            return message
 
 
 def _log_failure(what: str, work: Any) -> None:  # noqa: ANN401 - a function without arguments

@@ -5,8 +5,10 @@ A server takes most of a minute to start, so that tests share them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,6 +33,16 @@ if importlib.util.find_spec("sglang"):
             for name in [each for each in os.environ if each.startswith(("CKPT_ENGINE_", "SGLANG_"))]:
                 patch.delenv(name)
             patch.setenv("CKPT_ENGINE_HOST_ID", "here")
+            yield
+
+    @pytest.fixture(scope="session")
+    def sglang_in_process() -> Iterator[None]:
+        """SGLang in the tests' own process, on CPU."""
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+            patch.syspath_prepend(HERE / "stubs")
+            importlib.import_module("sglang.srt.managers.scheduler_components.weight_updater")
             yield
 
     @pytest.fixture(scope="session")

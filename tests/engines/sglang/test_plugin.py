@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,32 +13,23 @@ from typing import Any
 import pytest
 import torch
 from ckpt_engine_sglang import plugin
-from ckpt_engine_sglang.worker_update import takes_outcome
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
 
 pytestmark = pytest.mark.timeout(120)
-HERE = Path(__file__).parent
 STOCK_UUID = "GPU-stock"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> Iterator[None]:
-    """SGLang in this process, on CPU."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-        patch.syspath_prepend(HERE / "stubs")
-        importlib.import_module("sglang.srt.managers.scheduler_components.weight_updater")
-        yield
+@pytest.fixture(autouse=True)
+def in_process(sglang_in_process: None) -> None: ...
 
 
 def test_the_installed_version_is_known() -> None:
     assert plugin.unknown_layout() is None
 
 
-@pytest.mark.parametrize("name", ["_select_runners", "record_weight_version_after_update"])
+@pytest.mark.parametrize("name", ["_observe_weight_load", "flush_cache_after_weight_update"])
 def test_a_version_that_lacks_something(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from sglang.srt.managers.scheduler_components import weight_updater
 
@@ -58,14 +48,6 @@ def test_a_version_whose_methods_are_other_ones(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     monkeypatch.setattr(manager, "update_weights_from_ipc", lambda self, request, more: None)
     assert "update_weights_from_ipc takes ['self', 'request', 'more']" in str(plugin.unknown_layout())
-
-
-def test_both_forms_of_the_flush() -> None:
-    def old(recv_req: object) -> None: ...
-
-    def new(recv_req: object, success: bool, message: str) -> None: ...
-
-    assert (takes_outcome(old), takes_outcome(new)) == (False, True)
 
 
 class Model(torch.nn.Module):

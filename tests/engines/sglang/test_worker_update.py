@@ -1,4 +1,4 @@
-"""Updates of models that no server on CPU runs: drafts, quantised and fused ones.
+"""Updates of models that no server on CPU runs: drafts, fused ones, and what is refused.
 
 Real parameter servers and SGLang's real loading functions, on models of plain torch, behind a scheduler made
 up of what is asked of it.
@@ -6,66 +6,32 @@ up of what is asked of it.
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from ckpt_engine_sglang.worker_update import INCOMPLETE, OPTIONS_KEY, WorkerUpdate
+from ckpt_engine_sglang.worker_update import OPTIONS_KEY
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
+from tests.engines.sglang.schedulers import (
+    NamedTensors,
+    OldScheduler,
+    Plain,
+    Scheduler,
+    drawn,
+    parameter,
+    runner,
+    serve,
+    update,
+)
 
 pytestmark = pytest.mark.timeout(120)
-NamedTensors = Iterable[tuple[str, torch.Tensor]]
-HERE = Path(__file__).parent
-SEED = 20261124
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sglang() -> Iterator[None]:
-    """SGLang in this process, on CPU."""
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        patch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-        patch.syspath_prepend(HERE / "stubs")
-        from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
-
-        QuantizeMethodBase.register(Transposing)
-        yield
-
-
-def serve(scheduler: Scheduler, handles: dict[str, str]) -> tuple[bool, str]:
-    from sglang.srt.runtime_context import get_parallel
-
-    request = SimpleNamespace(zmq_handles=handles, flush_cache=True, weight_version="new")
-    with get_parallel().override(tp_size=1, pp_size=1, ep_size=1):
-        return WorkerUpdate(scheduler, request).serve()
-
-
-def parameter(*shape: int) -> torch.nn.Parameter:
-    return torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
-
-
-class Plain(torch.nn.Module):
-    def __init__(self, **shapes: tuple[int, ...]) -> None:
-        super().__init__()
-        for name, shape in shapes.items():
-            self.register_parameter(name, parameter(*shape))
-        self.calls: list[list[str]] = []
-
-    def load_weights(self, weights: NamedTensors) -> None:
-        parameters, seen = dict(self.named_parameters()), []
-        for name, tensor in weights:
-            seen.append(name)
-            if name in parameters:
-                parameters[name].data.copy_(tensor)
-        self.calls.append(seen)
+@pytest.fixture(autouse=True)
+def in_process(sglang_in_process: None) -> None: ...
 
 
 class Fused(torch.nn.Module):
@@ -82,102 +48,6 @@ class Fused(torch.nn.Module):
             self.fused.data.copy_(torch.cat([given["a"], given["b"]]))
         if "rest" in given:
             self.rest.data.copy_(given["rest"])
-
-
-class Transposing:
-    """Keeps a weight transposed and doubled, which it can undo."""
-
-    def __init__(self) -> None:
-        self.did: list[str] = []
-        self.fails = False
-
-    def apply(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
-        raise NotImplementedError
-
-    def process_weights_after_loading(self, layer: Any) -> None:  # noqa: ANN401
-        self.did.append("process")
-        if self.fails:
-            raise RuntimeError("cannot process")
-        layer.weight.data = (layer.weight.data * 2).t().contiguous()
-
-    def restore_weights_before_loading(self, layer: Any) -> None:  # noqa: ANN401
-        self.did.append("restore")
-        layer.weight.data = layer.weight.data.t().contiguous() / 2
-
-
-class Quantised(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Module()
-        self.layer.register_parameter("weight", parameter(4, 8))  # as it serves: transposed
-        self.layer.quant_method = Transposing()  # type: ignore[assignment]
-        self.norm = parameter(4)
-
-    def load_weights(self, weights: NamedTensors) -> None:
-        for name, tensor in weights:
-            target = dict(self.named_parameters()).get(name)
-            if target is not None:
-                target.data.copy_(tensor)
-
-
-@dataclass
-class Scheduler:
-    """What the handler asks of SGLang's weight updater and scheduler."""
-
-    runners: list[tuple[str, Any]]
-    idle: bool = True
-    did: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.tp_worker = SimpleNamespace(model_runner=self.runners[0][1])
-        self.scheduler = SimpleNamespace(is_fully_idle=lambda ignore_waiting: self.idle, _engine_paused=False)
-
-    def _select_runners(self) -> list[tuple[str, Any]]:
-        return self.runners
-
-    def record_weight_version_after_update(self, version: str | None) -> None:
-        self.did.append(f"version {version}")
-
-    def flush_cache_after_weight_update(self, request: Any, success: bool, message: str) -> tuple[bool, str]:  # noqa: ANN401
-        self.did.append("flush")
-        return success, message
-
-
-class OldScheduler(Scheduler):
-    """As in SGLang 0.5.21."""
-
-    def flush_cache_after_weight_update(self, request: Any) -> None:  # type: ignore[override]  # noqa: ANN401
-        self.did.append("flush")
-
-
-def runner(model: torch.nn.Module, path: str = "/models/m") -> Any:  # noqa: ANN401
-    config = SimpleNamespace(model_path=path, dtype=torch.float32, hf_config=SimpleNamespace())
-    return SimpleNamespace(
-        model=model, model_config=config, device="cpu", gpu_id=0, weight_updater=SimpleNamespace()
-    )
-
-
-def update(
-    scheduler: Scheduler, tensors: dict[str, torch.Tensor], *, slot_nbytes: int = 2**20, **options: object
-) -> tuple[bool, str]:
-    """One update; the handler's answer. Raises what the parameter server raises."""
-    answer: list[tuple[bool, str]] = []
-
-    def ask(paths: list[tuple[str, str]]) -> None:
-        answer.append(serve(scheduler, dict(paths) | ({OPTIONS_KEY: json.dumps(options)} if options else {})))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))
-        with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
-            ps.register_checkpoint("new", named_tensors=tensors)
-            ps.gather_metas("new")
-            ps.update("new", ask, timeout=60)
-    return answer[0]
-
-
-def drawn(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(SEED)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def test_a_draft_is_loaded_from_the_same_pass() -> None:
@@ -211,46 +81,6 @@ def test_tensors_of_one_parameter_that_come_in_different_buckets() -> None:
     assert update(Scheduler([("target", runner(model))]), tensors, slot_nbytes=1024)[0]
     assert torch.equal(model.fused, torch.cat([tensors["a"], tensors["b"]]))
     assert torch.equal(model.rest, tensors["rest"])
-
-
-def test_quantised_weights_are_restored_loaded_and_processed() -> None:
-    model = Quantised()
-    method: Any = model.layer.quant_method
-    tensors = {"layer.weight": drawn(w=(8, 4))["w"], "norm": torch.ones(4)}
-    for _ in range(2):
-        assert update(Scheduler([("target", runner(model))]), tensors)[0]
-        assert torch.equal(model.layer.weight, (tensors["layer.weight"] * 2).t())
-    assert method.did == ["restore", "process"] * 2
-
-
-@pytest.mark.parametrize(
-    ("tensors", "told"),
-    [
-        ({"layer.weight": (8, 4)}, "the update does not fill norm: "),
-        ({"layer.weight": (8, 4), "norm": (4,), "other": (4,)}, "the model has no place for other: "),
-    ],
-)
-def test_quantised_weights_that_are_incomplete(tensors: dict[str, tuple[int, ...]], told: str) -> None:
-    model = Quantised()
-    method: Any = model.layer.quant_method
-    scheduler = Scheduler([("target", runner(model))])
-    with pytest.raises(UpdateError, match=told):
-        update(scheduler, {name: torch.ones(shape) for name, shape in tensors.items()})
-    assert (method.did[0], method.did[-1]) == ("restore", "process")
-    # As the kernels want it: the server goes on, and says what it is.
-    assert model.layer.weight.shape == (4, 8)
-    assert scheduler.did == [f"version {INCOMPLETE}", "flush"]
-
-
-def test_post_processing_that_fails() -> None:
-    model = Quantised()
-    method: Any = model.layer.quant_method
-    scheduler = Scheduler([("target", runner(model))])
-    method.fails = True
-    tensors = {"layer.weight": torch.ones(8, 4), "norm": torch.ones(4)}
-    with pytest.raises(UpdateError, match="cannot process"):
-        update(scheduler, tensors)
-    assert scheduler.did == [f"version {INCOMPLETE}", "flush"]
 
 
 def test_nothing_is_touched_under_requests_that_run() -> None:
@@ -287,6 +117,11 @@ def in_a_cache(model: Plain) -> Any:  # noqa: ANN401
     return made
 
 
+def as_flash_rl(model: Plain) -> Any:  # noqa: ANN401
+    model.flash_rl_initial_load_complete = True
+    return runner(model)
+
+
 def on_another_device(model: Plain) -> Any:  # noqa: ANN401
     made = runner(model)
     made.device = "xpu"
@@ -299,6 +134,7 @@ def on_another_device(model: Plain) -> Any:  # noqa: ANN401
         (packed, "packed for AMX"),
         (in_a_cache, "the weight cache is active"),
         (on_another_device, "not on 'xpu'"),
+        (as_flash_rl, "loaded as flash_rl"),
     ],
 )
 def test_what_cannot_be_updated_is_refused_before_a_byte_moves(

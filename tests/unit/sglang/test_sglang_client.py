@@ -123,8 +123,12 @@ def test_the_server_s_key(fake: FakeServer) -> None:
     fake.key = "secret"
     fake.routes["GET /model_info"] = (200, {"weight_version": "v7"})
     assert SglangServer(fake.url, api_key="secret").weight_version() == "v7"
+    # A server with two keys takes one of them for some routes, and the other for others.
+    assert SglangServer(fake.url, api_key="other", admin_api_key="secret").weight_version() == "v7"
     with pytest.raises(EngineRequestError, match="wants an API key"):
         SglangServer(fake.url).wait_until_serving(30)
+    with pytest.raises(EngineRequestError, match=r"wants another API key: HTTP 401 for /update_weights"):
+        SglangServer(fake.url, api_key="wrong").update(PATHS)
 
 
 @pytest.mark.parametrize(

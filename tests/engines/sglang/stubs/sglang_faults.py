@@ -36,5 +36,9 @@ def register() -> None:
     if not torch.cuda.is_available():
         # SGLang before 0.5.23 waits for CUDA before it computes checksums, also on CPU.
         torch.cuda.synchronize = lambda *_: None
+    if os.environ.get("SGLANG_FP8_AS_ON_GPU"):
+        from sglang.srt.layers.quantization import fp8
+
+        fp8._is_cpu = False
     HookRegistry.register(f"{LOADER}.load_weights_only", before("load"), HookType.BEFORE)
     HookRegistry.register(f"{LOADER}.postprocess_weights", before("post_process"), HookType.BEFORE)
