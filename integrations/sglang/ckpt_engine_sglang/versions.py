@@ -134,9 +134,11 @@ def cache_problem(model: torch.nn.Module, updater: Any) -> str | None:  # noqa: 
         from sglang.srt.model_executor.model_runner_components import weight_updater
     except ImportError:
         return None
-    derived: Callable[[torch.nn.Module], str | None] | None
+    derived: Callable[..., str | None] | None
     derived = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
-    return derived(model) if derived is not None else None
+    if derived is None:
+        return None
+    return derived(model) if inspect.signature(derived).parameters else derived()
 
 
 def has_cuda_graphs(runner: Any) -> bool:  # noqa: ANN401 - ModelRunner
