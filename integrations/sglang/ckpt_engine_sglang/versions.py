@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +134,11 @@ def cache_problem(model: torch.nn.Module, updater: Any) -> str | None:  # noqa: 
         from sglang.srt.model_executor.model_runner_components import weight_updater
     except ImportError:
         return None
-    derived: Callable[..., str | None] | None
     derived = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
     if derived is None:
         return None
-    return derived(model) if inspect.signature(derived).parameters else derived()
+    reason: str | None = derived(model) if inspect.signature(derived).parameters else derived()
+    return reason
 
 
 def has_cuda_graphs(runner: Any) -> bool:  # noqa: ANN401 - ModelRunner
