@@ -19,10 +19,14 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-gpu test-ascend test-vllm test-sglang test-sglang-other check lock clean
+.PHONY: help system demo test test-faults test-gpu test-ascend test-vllm test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
+
+system:  ## Installs, as root on Debian or Ubuntu, what P2P's tests need of the system
+	apt-get -qq update
+	apt-get -qq install -y --no-install-recommends libibverbs1 libnuma1 iproute2 >/dev/null
 
 demo: $(if $(filter vllm,$(ENGINE)),.venv-vllm/.stamp,$(STAMP))  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
 	@$(if $(filter vllm,$(ENGINE)),.venv-vllm/bin,$(BIN))/ckpt-engine demo --engine $(ENGINE) $(ARGS)
