@@ -96,8 +96,10 @@ class RankWork:
             timeout=request.timeout,
             ranks=request.ranks,
         )
-        self.last_update = Updated(**asdict(report))
-        return self.last_update
+        updated = Updated(**asdict(report))
+        if report.version:  # else this rank was not needed
+            self.last_update = updated
+        return updated
 
     def load_metas(self, text: bytes) -> MetasLoaded:
         try:
