@@ -17,9 +17,10 @@ from reports_for_fault_tests import KILLED_SECONDS, STOPPED_SECONDS
 
 from ckpt_engine.deadline import Deadline
 from tests.support.checkpoints import digests_of
+from tests.support.mooncake import need_mooncake
 from tests.support.steered import Answer, Engines, Fleet
 
-pytest.importorskip("mooncake.engine", reason="mooncake is not installed, or libibverbs is missing")
+need_mooncake()
 
 SEED = 20271101
 HELD_UP = {"act": "stop", "at": "bucket", "bucket": 2}

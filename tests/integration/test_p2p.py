@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from tests.support.checkpoints import digests_of
+from tests.support.mooncake import need_mooncake
 from tests.support.steered import Engines, Fleet
 
-pytest.importorskip("mooncake.engine", reason="mooncake is not installed, or libibverbs is missing")
+need_mooncake()
 
 SEED = 20271001
 Launch = Callable[[int, int], Fleet]

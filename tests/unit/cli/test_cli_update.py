@@ -25,6 +25,7 @@ from ckpt_engine.cli.push import InferenceGroup, Split, inference_group, share_o
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta, metas_from_json, metas_to_json
 from ckpt_engine.server.engine_client import request_timeout
+from tests.support.mooncake import need_mooncake
 
 Cli = Callable[..., Any]
 
@@ -177,7 +178,7 @@ class Owner:
 
 @pytest.fixture
 def owner(checkpoint: Path) -> Iterator[Owner]:
-    pytest.importorskip("mooncake.engine")
+    need_mooncake()
     made = Owner(checkpoint)
     yield made
     made.close()
@@ -217,7 +218,7 @@ def test_a_fleet_that_cannot_be_asked(cli: Cli, owner: Owner, engine: Engine) ->
 def test_the_first_group_reads_from_the_others(
     checkpoint: Path, engine: Engine, tmp_path: Path, method: str
 ) -> None:
-    pytest.importorskip("mooncake.engine")
+    need_mooncake()
     other = Engine("CPU-here-1")
     report_file = tmp_path / "report.json"
     try:
