@@ -1,21 +1,34 @@
 """The model of updates beside what was measured: ours, and what the reference has published about itself.
 
     python -m benchmarks.model
+    python -m benchmarks.model --cpu --gib 1 --ranks 2
 
 One JSON line for each case. `measured` and `model` are seconds; `model_is`: "predicted" where the case's time
 did not go into the model, "fitted" where it did. Ours is `ckpt-engine plan --cluster` on a file in
 examples/clusters. The reference has another pipeline, which is written down here: buckets of gigabytes in
 rounds, all copies of a round before its broadcasts, one broadcast beside the reload of the bucket before,
 ranks in step after each.
+
+With --cpu it runs updates here, and predicts the stage of buckets of each from a memcpy that was timed just
+before it, and from how much more all processes of an update copy at once than one alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+import multiprocessing
+import statistics
+import time
 from dataclasses import dataclass
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import torch
+
+from benchmarks.fleet import run_ranks
+from benchmarks.update import serve
 from ckpt_engine.planning.cluster import Cluster, Synthetic, load_cluster, synthetic_metas
 from ckpt_engine.planning.fluid import Delay, Process, Simulation
 from ckpt_engine.planning.plan import make_plan
@@ -106,7 +119,84 @@ def reference(row: Published) -> float:
     return simulation.run()
 
 
+def copy_rate(processes: int, seconds: float = 1.0) -> float:
+    """GB/s that so many processes copy at once, in all: from 256 MiB of each, in pieces of 16 MiB into 48."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes)
+    results: multiprocessing.Queue[float] = context.Queue()
+    started = [context.Process(target=_copy, args=(barrier, results, seconds)) for _ in range(processes)]
+    for process in started:
+        process.start()
+    rates = [results.get(timeout=120) for _ in started]
+    for process in started:
+        process.join()
+    return sum(rates)
+
+
+def _copy(barrier: Barrier, results: multiprocessing.Queue[float], seconds: float) -> None:
+    torch.set_num_threads(1)
+    piece = 16 * MiB
+    source = torch.ones(16 * piece, dtype=torch.uint8)
+    target = torch.ones(3 * piece, dtype=torch.uint8)
+    barrier.wait()
+    begin = time.perf_counter()
+    copied = 0
+    while time.perf_counter() < begin + seconds:
+        start, place = copied % source.numel(), copied % target.numel()
+        target[place : place + piece].copy_(source[start : start + piece])
+        copied += piece
+    results.put(copied / (time.perf_counter() - begin) / 1e9)
+
+
+def on_cpu(gib: float, ranks: int, rounds: int) -> None:
+    """One line: medians over some updates of the stage of buckets' seconds, measured and by the model."""
+    tensor_mib = 16.0
+    arguments = argparse.Namespace(
+        device="cpu", gib=gib, ranks=ranks, rounds=rounds, tensor_mib=tensor_mib, keep_buffers=False
+    )
+    gain = max(1.0, copy_rate(2 * ranks) / copy_rate(1))
+    lines = run_ranks(serve, arguments)[0][1:]
+    plan = make_plan(
+        "cpu",
+        synthetic_metas(Synthetic(gb=lines[0]["bytes"] / 1e9, tensors=lines[0]["tensors"]), ranks),
+        slot_nbytes=DEFAULT_SLOT_MIB["cpu"] * MiB,
+        slot_count=3,
+        budget=2**60,
+    )
+    measured, model = [], []
+    for line in lines:
+        alone = line["bytes"] / line["limit_seconds"] / 1e9
+        rates = {"h2d": alone, "reload": alone, "memory": alone * gain}
+        fields = {"name": "this host", "device": "cpu", "ranks_per_host": ranks, "rates": rates}
+        measured.append(line["stages"]["buckets"])
+        model.append(predict(plan, Cluster.model_validate(fields)).stages["buckets"])
+    errors = [theirs / ours - 1 for theirs, ours in zip(model, measured, strict=True)]
+    summary = {
+        "benchmark": "model",
+        "whose": "ours",
+        "case": f"{gib} GiB, {ranks} ranks on CPU, the stage of buckets",
+        "all_processes_copy_times_one": round(gain, 2),
+        "measured": round(statistics.median(measured), 4),
+        "model": round(statistics.median(model), 4),
+        "model_is": "predicted",
+        "error": round(statistics.median(errors), 3),
+        "errors": [round(error, 3) for error in errors],
+    }
+    print(json.dumps(summary))
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--cpu", action="store_true", help="measure updates on this host's CPU, and predict them"
+    )
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.cpu:
+        on_cpu(arguments.gib, arguments.ranks, arguments.rounds)
+        return
     cluster = load_cluster(CLUSTERS / "h100.toml")
     for row in OURS:
         show("ours", row.what, row.measured, ours(row, cluster), fitted=row.fitted)
