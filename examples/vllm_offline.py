@@ -9,6 +9,7 @@ CPU set VLLM_CPU_OMP_THREADS_BIND (to nobind, say) for more than one worker.
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import socket
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--prompt", default="The weights are")
     parser.add_argument("--max-model-len", type=int, default=2048)
+    parser.add_argument("--llm-options", type=json.loads, default={}, help="more arguments of LLM, as JSON")
     options = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     size, port = options.tensor_parallel_size, free_port()
@@ -64,6 +66,7 @@ def main() -> None:
         tensor_parallel_size=size,
         max_model_len=options.max_model_len,
         worker_extension_cls="ckpt_engine_vllm.VllmColocateWorkerExtension",
+        **options.llm_options,
     )
     spawn = multiprocessing.get_context("spawn")
     others = [spawn.Process(target=follow, args=(rank, size, port, checkpoint)) for rank in range(1, size)]

@@ -10,10 +10,20 @@ model=$1 size=${2:-1} port=${PORT:-8000}
 VLLM_SERVER_DEV_MODE=1 ${VLLM:-vllm serve} "$model" --host 127.0.0.1 --port "$port" --tensor-parallel-size "$size" \
   --load-format dummy --worker-extension-cls ckpt_engine_vllm.VllmColocateWorkerExtension ${VLLM_OPTIONS:-} &
 server=$!
-trap 'kill $server; wait $server || true' EXIT
+trap 'kill $server 2>/dev/null; wait $server || true' EXIT
 
 python -m torch.distributed.run --nproc-per-node "$size" -m ckpt_engine.cli.main update \
-  --engine vllm --pause keep --checkpoint-path "$model" --endpoint "http://127.0.0.1:$port"
+  --engine vllm --pause keep --checkpoint-path "$model" --endpoint "http://127.0.0.1:$port" &
+update=$!
+# A server that cannot start ends: do not wait for its health then.
+ended=0
+wait -n "$server" "$update" || ended=$?
+if ! kill -0 "$server" 2>/dev/null; then
+  kill "$update" && wait "$update" || true
+  echo "the server has ended: what it said is above" >&2
+  exit 1
+fi
+[ "$ended" -eq 0 ] || exit "$ended"
 
 curl -sS "http://127.0.0.1:$port/v1/completions" -H 'Content-Type: application/json' \
   -d "{\"model\": \"$model\", \"prompt\": \"${PROMPT:-The weights are}\", \"max_tokens\": 16, \"temperature\": 0}"

@@ -93,7 +93,7 @@ def check_complete(
         optional: parameters that need not be filled.
         packed: fused modules and those that they are made of (a model's `packed_modules_mapping`).
     """
-    touched = {_module(name) for name, written in recording.parameters.items() if written.regions}
+    touched = recording.modules
     missing = [
         _what_is_missing(name, written, packed or {}, recording.read.keys())
         for name, written in recording.parameters.items()

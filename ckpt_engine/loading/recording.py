@@ -115,6 +115,11 @@ class Recording:
         """Tensors of the update that the model did not pass over."""
         return {name for name, numel in self.read.items() if numel}
 
+    @property
+    def modules(self) -> set[str]:
+        """Names of the modules that something was written to."""
+        return {name.rpartition(".")[0] for name, written in self.parameters.items() if written.regions}
+
     # What the modes call
 
     def note_write(self, target: torch.Tensor, source: torch.Tensor | None) -> None:

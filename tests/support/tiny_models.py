@@ -25,6 +25,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "llama": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True}),
     "tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    # Each matrix can be cut into blocks of 128 x 128.
+    "wide": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
     "moe": ("Qwen3MoeConfig", {"tie_word_embeddings": False, **_EXPERTS}),
     "fp8": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
     "fp8-moe": (

@@ -32,9 +32,3 @@ def refuse_unsupported(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM's VllmC
         raise ConfigError(
             "weights that are offloaded to the host cannot be reloaded: start the engine without offloading"
         )
-    quantization = vllm_config.model_config.quantization
-    if quantization is not None:
-        raise ConfigError(
-            f"updating {quantization} weights is not in this version: use an engine without quantisation, "
-            "or restart this one with the new checkpoint"
-        )

@@ -18,14 +18,21 @@ from typing import Any
 import torch
 
 from ckpt_engine.loading.recording import Recording
-from ckpt_engine_vllm import moe
+from ckpt_engine_vllm import moe, quantisation
 from ckpt_engine_vllm.layerwise import abandon_layerwise_reload, some_of_a_drafter
 
 
 class Reload:
     """From `begin` on the model must not run, until `finish` or `abandon` has returned."""
 
-    def __init__(self, model: torch.nn.Module, model_config: Any, recording: Recording) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        model_config: Any,  # noqa: ANN401 - vLLM's
+        recording: Recording,
+        *,
+        partial: bool = False,
+    ) -> None:
         self.model = model
         self.kept_nbytes = 0
         """Bytes copied because they were held beyond their bucket."""
@@ -33,7 +40,8 @@ class Reload:
         """Tensors of the update that this model takes."""
         self._model_config = model_config
         self._names = recording.taken
-        self._filled = {name for name, written in recording.parameters.items() if written.regions}
+        self._modules = recording.modules
+        self._partial = partial
         # Before any model's `begin`: models may share modules, such as vLLM's rotary tables.
         self._addresses = _addresses(model)
         self._active = False
@@ -42,6 +50,8 @@ class Reload:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._active = True
+        if self._names and not self._partial:
+            quantisation.default_cache_scales(self.model)
         initialize_layerwise_reload(self.model)
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -64,9 +74,8 @@ class Reload:
         with torch.no_grad():
             finalize_layerwise_reload(self.model, self._model_config)
             self._active = False
-            modules = {name.rpartition(".")[0] for name in self._filled}
-            moe.pack_experts(self.model, modules)
-            _process_tied(self.model, modules)
+            moe.pack_experts(self.model, self._modules)
+            _process_tied(self.model, self._modules)
         after = _addresses(self.model)
         moved = [name for name, address in self._addresses.items() if after.get(name) != address]
         if moved or after.keys() != self._addresses.keys():

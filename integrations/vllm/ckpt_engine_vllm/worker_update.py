@@ -17,7 +17,7 @@ from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
 from ckpt_engine.loading.completeness import Rules, check_complete, check_names, check_shapes, parameters_in
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import named_parameters
-from ckpt_engine_vllm import moe
+from ckpt_engine_vllm import moe, quantisation
 from ckpt_engine_vllm.device_identity import device_of
 from ckpt_engine_vllm.layerwise import abandon_all
 from ckpt_engine_vllm.parts import Part, parts_of
@@ -118,7 +118,8 @@ class WorkerUpdate:
         refuse_unsupported(config)
         if self._partial and self._state.weights == "incomplete":
             raise ConfigError("the weights are incomplete since an update failed: send a full update first")
-        layers = getattr(config.model_config.hf_text_config, "num_hidden_layers", sys.maxsize)
+        model_config = config.model_config
+        layers = getattr(model_config.hf_text_config, "num_hidden_layers", sys.maxsize)
         rules = Rules(
             partial=self._partial,
             ignored=self._ignored,
@@ -126,16 +127,22 @@ class WorkerUpdate:
             shares=config.parallel_config.pipeline_parallel_size > 1
             or config.parallel_config.enable_expert_parallel,
             drafter_layers=range(layers, sys.maxsize),
+            passed_over=quantisation.PASSED_OVER if "gptq" in (model_config.quantization or "") else None,
         )
         tensors = [tensor for tensor in tensors if not rules.ignores(tensor.name)]
         parts = parts_of(self._worker)
         for part in parts:
             moe.refuse_unknown_packing(part.model)
+            quantisation.refuse_unproven(part.model, part.config.quantization)
         key = (rules, tuple(tensors))
         if self._state.rehearsed is None or self._state.rehearsed[0] != key:
             self._state.rehearsed = (key, _rehearse_all(parts, tensors, rules))
+        recordings = self._state.rehearsed[1]
+        for part in parts:
+            quantisation.refuse_baked_scales(part.model, config, recordings[part.name].modules)
         self._parts = [
-            (part, Reload(part.model, part.config, self._state.rehearsed[1][part.name])) for part in parts
+            (part, Reload(part.model, part.config, recordings[part.name], partial=self._partial))
+            for part in parts
         ]
 
     def _run(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
@@ -183,7 +190,9 @@ def _rehearse_all(
         check_shapes(part.layouts(tensors), recording, padded, rules)
         if part.name == "model" or taken[part.name]:
             packed = getattr(part.model, "packed_modules_mapping", {})
-            check_complete(recording, rules, _filled_elsewhere(part.model, recording, filled), packed)
+            optional = _filled_elsewhere(part.model, recording, filled)
+            optional |= quantisation.cache_scales(part.model, recording.parameters)
+            check_complete(recording, rules, optional, packed)
         parameters = part.model.named_parameters(remove_duplicate=False)
         filled |= {id(parameter) for name, parameter in parameters if name in recording.parameters}
     return recordings

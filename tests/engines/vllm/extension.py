@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ckpt_engine_vllm import VllmColocateWorkerExtension, worker_update
+from ckpt_engine_vllm import VllmColocateWorkerExtension, quantisation, worker_update
 from ckpt_engine_vllm.rehearsal import rehearse
 from ckpt_engine_vllm.reload import Reload
 from safetensors.torch import load_file
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from ckpt_engine.ipc.messages import TensorLayout
+
+# Linux lets a process use AMX's tiles once it has asked for them. vLLM 0.32's attention does not ask: oneDNN
+# does, for matrices larger than a tiny model's. Without this, workers end by SIGILL on CPUs that have AMX.
+if torch.cpu._is_amx_tile_supported():
+    torch.cpu._init_amx()
 
 
 class Extension(VllmColocateWorkerExtension):
@@ -24,7 +31,16 @@ class Extension(VllmColocateWorkerExtension):
 
     def test_digests(self) -> dict[str, str]:
         """SHA-256 of every parameter, and of every weight that a layer keeps packed."""
-        return digests(self.get_model())  # type: ignore[attr-defined]
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            return digests(self.get_model())  # type: ignore[attr-defined]
+
+    def test_kernels(self) -> str:
+        """What quantised layers compute with."""
+        modules = self.get_model().modules()  # type: ignore[attr-defined]
+        kinds = [
+            getattr(module, "scheme", None) or getattr(module, "quant_method", None) for module in modules
+        ]
+        return ", ".join(sorted({quantisation.kernel_of(kind) for kind in kinds if kind is not None}))
 
     def test_drafter_digests(self) -> dict[str, str]:
         return digests(self.get_draft_model())  # type: ignore[attr-defined]
@@ -69,8 +85,6 @@ class Extension(VllmColocateWorkerExtension):
     def test_reload(self, checkpoint: str, borders: Sequence[int]) -> int:
         """Loads a checkpoint in buckets that end at `borders`, all through one slot whose bytes change at
         once after each; the bytes that had to be kept."""
-        from vllm.config import set_current_vllm_config
-
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             config = self.vllm_config.model_config  # type: ignore[attr-defined]
             return reload_through_slot(self.get_model(), config, Path(checkpoint), borders)  # type: ignore[attr-defined]
@@ -87,7 +101,20 @@ def _pairs(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch
 
 def digests(model: torch.nn.Module) -> dict[str, str]:
     found = {name: _digest(parameter) for name, parameter in model.named_parameters()}
+    # Of quantised attention: the scales of the KV cache are buffers.
+    found |= {name: _digest(buffer) for name, buffer in model.named_buffers() if name.endswith("_scale")}
     for name, module in model.named_modules():
+        found |= {
+            f"{name}.{key}": str(value) for key, value in vars(module).items() if key.endswith("_scale_float")
+        }
+        method = getattr(module, "quant_method", None)
+        if isinstance(module, LinearBase) and not isinstance(method, UnquantizedLinearMethod):
+            # What a kernel keeps packed is not to be seen.
+            generator = torch.Generator().manual_seed(1)
+            inputs = torch.randn(
+                4, module.input_size_per_partition, generator=generator, dtype=torch.bfloat16
+            )
+            found[f"{name} as used"] = _digest(method.apply(module, inputs, getattr(module, "bias", None)))
         linear = getattr(module, "cpu_linear", None)
         width = getattr(module, "input_size_per_partition", getattr(module, "embedding_dim", None))
         if linear is not None and width is not None:

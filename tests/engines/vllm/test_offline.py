@@ -74,7 +74,7 @@ def test_a_layer_that_fits_a_slot_is_not_copied(model: Model) -> None:
 def test_every_border_between_buckets(model: Model) -> None:
     """So each fused parameter is cut at each of its members; then cuts at random."""
     rng = random.Random(SEEDS["a"])
-    count = len(_names(model.paths["a"]))
+    count = len(tensor_names(model.paths["a"]))
     splits = [[border] for border in range(1, count)][:60]
     splits += [sorted(rng.sample(range(1, count), rng.randint(2, min(12, count - 1)))) for _ in range(20)]
     kept = set()
@@ -140,7 +140,7 @@ def test_tensors_that_the_model_has_no_place_for_may_be_ignored(model: Model) ->
     assert model.engine.answers() == model.expected["b"]
 
 
-def _names(checkpoint: Path) -> list[str]:
+def tensor_names(checkpoint: Path) -> list[str]:
     from safetensors import safe_open
 
     with safe_open(checkpoint / "model.safetensors", framework="pt") as file:

@@ -21,7 +21,6 @@ def config(**different: Any) -> SimpleNamespace:  # noqa: ANN401 - a field of vL
             uva=SimpleNamespace(cpu_offload_gb=different.pop("offload", 0)),
             prefetch=SimpleNamespace(offload_group_size=different.pop("prefetch", 0)),
         ),
-        "model_config": SimpleNamespace(quantization=different.pop("quantization", None)),
     }
     return SimpleNamespace(**fields)
 
@@ -36,7 +35,6 @@ def test_an_ordinary_engine_is_not_refused() -> None:
         ({"eplb": True}, "--enable-eplb"),
         ({"offload": 1}, "without offloading"),
         ({"prefetch": 2}, "without offloading"),
-        ({"quantization": "awq"}, "updating awq weights"),
     ],
 )
 def test_what_stands_in_the_way_is_named_with_a_remedy(different: dict[str, Any], remedy: str) -> None:
