@@ -6,9 +6,9 @@ The number is the chip's on its host (`npu_id * chips_per_npu + chip_id` on unif
 the reference computes), so that both sides may run in different containers, and a fleet may mix. Ways to it:
 
 1. CKPT_ENGINE_DEVICE_UUID, as it is.
-2. `npu-smi info -t proc-mem` lists this very pid on a chip.
-3. `npu-smi info -m` says which chip has this process' logic id. Needed where npu-smi shows the host's pids
-   (privileged containers); where it shows ours, 2 and 3 must not contradict each other.
+2. `npu-smi info -t proc-mem` lists this very pid on a chip. The driver shows a container its own pids, but a
+   privileged one the host's, among which ours may be somebody else's: there this way leads nowhere.
+3. `npu-smi info -m` says which chip has this process' logic id. 2 must not contradict it.
 
 Either the right key or an `IdentityError` with what npu-smi printed: a wrong one would send weights to
 another device's worker, or make an update wait for a worker that never comes.
@@ -19,11 +19,13 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ckpt_engine.errors import ConfigError, DeviceError
 from ckpt_engine.settings import Settings, load_settings
@@ -34,6 +36,10 @@ logger = logging.getLogger(__name__)
 ALL_CALLS_SECONDS = 60.0
 """How long all calls may take together; NPUs that were not asked by then count as silent."""
 _SHOWN_ANSWERS = 4
+_HOSTS_PIDS = "pid:[4026531836]"
+"""The kernel's own number of the first namespace of pids."""
+_CAP_SYS_ADMIN = 1 << 21
+"""Privileged containers have it, others rarely."""
 _VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 
 _WAYS_OUT = (
@@ -73,8 +79,8 @@ class _Hit:
 
 @dataclass
 class _Listed:
-    """Where a process is listed. `certain`: every NPU that answered did so completely. `chip_counts`: what
-    those that answered say of themselves."""
+    """Where a process is listed. `certain`: nothing is missing, every NPU has answered completely.
+    `chip_counts`: what those that answered say of themselves."""
 
     hits: list[_Hit] = field(default_factory=list)
     certain: bool = True
@@ -100,13 +106,24 @@ def device_uuid(index: int | None = None, *, settings: Settings | None = None) -
     index = _current_index() if index is None else index
     logic_id = None if index is None else logic_id_of(index, os.environ)
     key = (os.getpid(), logic_id)
-    if key not in _NUMBERS:
-        _NUMBERS[key] = chip_number(os.getpid(), logic_id, NpuSmi())
-    return f"NPU-{settings.host_id_override or host_ip()}-{_NUMBERS[key]}"
+    number = _NUMBERS.get(key)
+    if number is None:
+        number = chip_number(os.getpid(), logic_id, NpuSmi(), own_pids=sees_own_pids())
+        if logic_id is not None:  # else another device may be meant the next time
+            _NUMBERS[key] = number
+    return f"NPU-{settings.host_id_override or host_ip()}-{number}"
 
 
 _NUMBERS: dict[tuple[int, int | None], int] = {}
 """(pid, logic id) -> the chip's number. The pid, because a child is not its parent."""
+
+
+def sees_own_pids(proc: Path = Path("/proc/self")) -> bool:
+    """Whether the driver shows pids as this process knows them: on the host, and in ordinary containers."""
+    if os.readlink(proc / "ns" / "pid") == _HOSTS_PIDS:
+        return True
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", (proc / "status").read_text(), re.MULTILINE)
+    return capabilities is not None and not int(capabilities[1], 16) & _CAP_SYS_ADMIN
 
 
 def logic_id_of(index: int, environment: Mapping[str, str]) -> int:
@@ -119,9 +136,7 @@ def logic_id_of(index: int, environment: Mapping[str, str]) -> int:
     if value is None:
         return index
     # CANN and torch_npu read up to the first character that is neither a digit nor a comma.
-    readable = value[
-        : next((at for at, char in enumerate(value) if not (char.isdigit() or char == ",")), None)
-    ]
+    readable = value[: next((at for at, char in enumerate(value) if char not in "0123456789,"), None)]
     ids: list[int] = []
     for part in readable.split(","):
         if not part:
@@ -134,8 +149,11 @@ def logic_id_of(index: int, environment: Mapping[str, str]) -> int:
     return ids[index]
 
 
-def chip_number(pid: int, logic_id: int | None, smi: NpuSmi) -> int:
+def chip_number(pid: int, logic_id: int | None, smi: NpuSmi, *, own_pids: bool) -> int:
     """The host's number of the chip that process `pid`, on its container's device `logic_id`, uses.
+
+    Args:
+        own_pids: whether npu-smi lists pids as this process knows them (`sees_own_pids`).
 
     Raises:
         IdentityError: it cannot be told for certain.
@@ -143,29 +161,62 @@ def chip_number(pid: int, logic_id: int | None, smi: NpuSmi) -> int:
     chips = smi.chips()
     if not chips:
         raise _error(pid, logic_id, "npu-smi lists no NPU", smi.useless)
-    numbers = _numbers(chips)
-    own = next((chip for chip in chips if logic_id is not None and chip.logic_id == logic_id), None)
-    if own is None and logic_id is not None and any(chip.logic_id is not None for chip in chips):
-        listed = ", ".join(str(chip.logic_id) for chip in chips)
-        raise _error(pid, logic_id, f"`npu-smi info -m` lists only the logic ids {listed}", smi.useless)
-    listed_on = _listed(pid, chips, own, smi)
-    if own is None and not listed_on.certain:
-        raise _error(pid, logic_id, "an answer of npu-smi's is unclear or incomplete", smi.useless)
-    chip = _chosen(pid, logic_id, own, listed_on.hits, smi)
-    count = sum(other.npu_id == chip.npu_id for other in chips)
-    told = listed_on.chip_counts.get(chip.npu_id, count)
-    if chip.phy_id is None and count != told:
-        why = f"`npu-smi info -m` lists {count} chips of NPU {chip.npu_id}, `-t proc-mem` counts {told}"
+    own = _own_chip(pid, logic_id, chips, smi)
+    if own is None and not own_pids:
+        why = (
+            "npu-smi names no logic ids here, and its pids are the host's: this one would be another process'"
+        )
         raise _error(pid, logic_id, why, smi.useless)
+    listed_on = _listed(pid, chips, own, smi)
+    cards = smi.cards() if own is None else None
+    if cards is not None and cards.keys() != {chip.npu_id for chip in chips}:
+        listed_on.certain = False  # it may be on an NPU that the table lacks, because it was cut short
+    if own is None and not listed_on.certain:
+        raise _error(pid, logic_id, "an answer of npu-smi's is missing, unclear or incomplete", smi.useless)
+    chip = _chosen(pid, logic_id, own, listed_on.hits, smi)
+    number = _number(pid, logic_id, chip, chips, listed_on.chip_counts.get(chip.npu_id), smi)
     for answer in smi.useless:
         logger.warning("looking for this process' NPU: %s", answer.describe())
+    return number
+
+
+def _own_chip(pid: int, logic_id: int | None, chips: Sequence[Chip], smi: NpuSmi) -> Chip | None:
+    """The chip with the process' own logic id; None where none is known."""
+    if logic_id is None or all(chip.logic_id is None for chip in chips):
+        return None
+    own = [chip for chip in chips if chip.logic_id == logic_id]
+    if len(own) == 1:
+        return own[0]
+    listed = ", ".join(str(chip.logic_id) for chip in chips)
+    why = f"`npu-smi info -m` lists {len(own)} chips with this logic id, of the logic ids {listed}"
+    raise _error(pid, logic_id, why, smi.useless)
+
+
+def _number(
+    pid: int, logic_id: int | None, chip: Chip, chips: Sequence[Chip], told: int | None, smi: NpuSmi
+) -> int:
+    """The chip's number on its host. `told`: how many chips its NPU says that it has."""
+    numbers = _numbers(chips)
+    count = sum(other.npu_id == chip.npu_id for other in chips)
+    if chip.phy_id is None and chip.npu_id:
+        # The formula needs the count of chips, of which a table that was cut short lacks some.
+        told = (smi.cards() or {}).get(chip.npu_id) if told is None else told
+        if told != count:
+            counts = "nothing else says how many there are" if told is None else f"elsewhere it says {told}"
+            why = f"`npu-smi info -m` lists {count} chips of NPU {chip.npu_id}, and {counts}"
+            raise _error(pid, logic_id, why, smi.useless)
     if list(numbers.values()).count(numbers[chip]) > 1:
-        raise _error(
-            pid,
-            logic_id,
-            "chips of cards of different kinds would get the same number here, and npu-smi names no physical "
-            "ids",
-            smi.useless,
+        why = "chips of different cards would get the same number here, and npu-smi names no physical ids"
+        raise _error(pid, logic_id, why, smi.useless)
+    formula = chip.npu_id * count + chip.chip_id
+    if numbers[chip] != formula:
+        logger.warning(
+            "NPU %d chip %d has the physical id %d, and would be %d where npu-smi names none: see that the "
+            "parameter server and the engine use the same npu-smi, or set CKPT_ENGINE_DEVICE_UUID for both",
+            chip.npu_id,
+            chip.chip_id,
+            numbers[chip],
+            formula,
         )
     return numbers[chip]
 
@@ -191,25 +242,38 @@ def _listed(pid: int, chips: Sequence[Chip], own: Chip | None, smi: NpuSmi) -> _
             )
             listed.certain = False
             break
-        found = smi.processes(npu_id)
-        if found is None:
-            continue
-        listed.certain = listed.certain and found.complete
-        if found.chip_count is not None:
-            listed.chip_counts[npu_id] = found.chip_count
-        for chip_id, processes in found.by_chip.items():
-            if pid not in processes:
-                continue
-            if chip_id is None and own is not None and own.npu_id == npu_id:
-                chip_id = own.chip_id
-            chip = next((c for c in chips if (c.npu_id, c.chip_id) == (npu_id, chip_id)), None)
-            # Not in the table, or on a chip that the answer does not tell: no ground to stand on.
-            listed.certain = listed.certain and chip is not None
-            listed.hits.append(_Hit(npu_id, chip, processes[pid]))
-            if chip is not None and chip == own:
-                listed.hits = listed.hits[-1:]
-                return listed
+        _ask(pid, npu_id, [chip for chip in chips if chip.npu_id == npu_id], own, smi, listed)
+        if own is not None and any(hit.chip == own for hit in listed.hits):
+            listed.hits = [hit for hit in listed.hits if hit.chip == own]
+            break
     return listed
+
+
+def _ask(
+    pid: int, npu_id: int, chips: Sequence[Chip], own: Chip | None, smi: NpuSmi, listed: _Listed
+) -> None:
+    """Adds what the NPU with these `chips` has to say."""
+    found = smi.processes(npu_id)
+    if found.chip_count is not None:
+        listed.chip_counts[npu_id] = found.chip_count
+    by_chip: Mapping[int | None, Mapping[int, int]] = found.by_chip
+    # Chips of the table that the answer lacks may be where the process is.
+    complete = found.complete and (not by_chip or {chip.chip_id for chip in chips} <= by_chip.keys())
+    on = {chip_id for chip_id, processes in by_chip.items() if pid in processes}
+    if own is None and on and len(chips) > 1:
+        # Which chip a process is on, the order of rows alone tells: ask again, without one.
+        asked = smi.processes_by_chip(npu_id, [chip.chip_id for chip in chips])
+        if asked is not None:
+            complete = complete and on == {chip_id for chip_id in asked if pid in asked[chip_id]}
+            by_chip = asked if complete else by_chip
+    listed.certain = listed.certain and complete
+    for chip_id in on:
+        if chip_id is None and own is not None and own.npu_id == npu_id:
+            chip_id = own.chip_id
+        chip = next((chip for chip in chips if chip.chip_id == chip_id), None)
+        # Not in the table, or on a chip that the answer does not tell: no ground to stand on.
+        listed.certain = listed.certain and chip is not None
+        listed.hits.append(_Hit(npu_id, chip, by_chip.get(chip_id, {}).get(pid, 0)))
 
 
 def _chosen(pid: int, logic_id: int | None, own: Chip | None, hits: Sequence[_Hit], smi: NpuSmi) -> Chip:
@@ -218,7 +282,8 @@ def _chosen(pid: int, logic_id: int | None, own: Chip | None, hits: Sequence[_Hi
     if own is not None:
         why = (
             f"npu-smi lists this pid on {', '.join(map(str, hits))}, but by its logic id the process is on "
-            f"NPU {own.npu_id} chip {own.chip_id}"
+            f"NPU {own.npu_id} chip {own.chip_id} (was {_VISIBLE} changed since it started? Or are these the "
+            "host's pids, and another process there has this one?)"
         )
         raise _error(pid, logic_id, why, smi.useless)
     if not hits:

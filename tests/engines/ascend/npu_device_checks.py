@@ -290,6 +290,7 @@ def test_the_doctor_tells_each_npus_key(monkeypatch: pytest.MonkeyPatch) -> None
         assert "ret is -8002" in found[f"npu {index}"].message
         assert "CKPT_ENGINE_DEVICE_UUID" in found[f"npu {index}"].message
     # No logic ids: found by its pid, once the doctor has used the NPU.
+    monkeypatch.setattr(identity, "sees_own_pids", lambda: True)
     monkeypatch.setenv("FAKE_PID__395864", str(os.getpid()))
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0")
     assert doctor("a5")["npu 0"].message == f"NPU-{IP}-0"

@@ -77,7 +77,12 @@ REFUSED = [
     ("odd_card_id", 577293, 0, ("lists no NPU",)),
     ("phyid_remap", None, 5, ("lists no NPU",)),
     ("a2_privileged_hostpid", None, None, ("does not list this pid", "privileged container")),
-    ("a2_privileged_hostpid", None, 8, ("only the logic ids 0, 1, 2, 3, 4, 5, 6, 7",)),
+    (
+        "a2_privileged_hostpid",
+        None,
+        8,
+        ("0 chips with this logic id, of the logic ids 0, 1, 2, 3, 4, 5, 6, 7",),
+    ),
     ("a2_substring_trap", 123, 2, ("NPU 5 chip 0", "by its logic id the process is on NPU 2")),
     ("a5", None, 0, ("does not list this pid",)),
 ]
@@ -207,7 +212,7 @@ def test_npu_smi_hangs(
     smi = NpuSmi(seconds=0.3)
     started = time.monotonic()
     with pytest.raises(IdentityError, match=r"no end within 0.3 s, printed:\nasking the driver"):
-        identity.chip_number(os.getpid(), 0, smi)
+        identity.chip_number(os.getpid(), 0, smi, own_pids=True)
     assert time.monotonic() - started < 20
 
 
@@ -215,14 +220,57 @@ def test_a_silent_npu_is_skipped_and_named(
     scenario: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """NPU 0 does not answer in time: the process is found on NPU 5 all the same."""
+    """NPU 0 does not answer in time: the process is found on NPU 5 by its logic id. Without one, it may be on
+    NPU 0 as well."""
     scenario("a2_substring_trap", 123)
     real = FAKE_NPU_SMI / "npu-smi"
     make_tool(tmp_path, monkeypatch, f'case "$*" in *"-i 0") exec tail -f /dev/null;; esac; exec {real} "$@"')
-    assert identity.chip_number(os.getpid(), None, NpuSmi(seconds=2)) == 5
-    assert "`npu-smi info -t proc-mem -i 0`, no end within 2 s" in caplog.text
+    assert identity.chip_number(os.getpid(), 5, NpuSmi(seconds=2), own_pids=True) == 5
+    with pytest.raises(IdentityError, match=r"missing, unclear.*") as raised:
+        identity.chip_number(os.getpid(), None, NpuSmi(seconds=2), own_pids=True)
+    assert "`npu-smi info -t proc-mem -i 0`, no end within 2 s" in str(raised.value)
+
+
+def test_what_libraries_say_does_not_stand_in_an_answer(
+    scenario: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """stdout is buffered and stderr is not: in one pipe the one would come in the middle of the other."""
+    scenario("a2_substring_trap", 123)
+    real = FAKE_NPU_SMI / "npu-smi"
+    make_tool(tmp_path, monkeypatch, f"printf '\\tChip ID : 9' >&2; exec {real} \"$@\"")
+    assert device_uuid(None) == f"NPU-{IP}-5"
+
+
+def test_a_table_that_cannot_be_read_is_not_replaced_by_the_list_of_cards(
+    scenario: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The table may have physical ids, which differ from what the formula makes of the list."""
+    scenario("a2_16npu_list_only", 9015)
+    real = FAKE_NPU_SMI / "npu-smi"
+    assert device_uuid(None) == f"NPU-{IP}-15"
+    make_tool(tmp_path, monkeypatch, f'case "$*" in *-m) echo cut; exit 0;; esac; exec {real} "$@"')
+    with pytest.raises(IdentityError, match="lists no NPU"):
+        device_uuid(None)
+
+
+@pytest.mark.parametrize(
+    ("namespace", "capabilities", "own"),
+    [
+        ("pid:[4026531836]", "000001ffffffffff", True),
+        ("pid:[4026532201]", "00000000a80425fb", True),  # docker's default
+        ("pid:[4026532201]", "000001ffffffffff", False),
+    ],
+)
+def test_whose_pids_the_driver_shows(tmp_path: Path, namespace: str, capabilities: str, own: bool) -> None:
+    (tmp_path / "status").write_text(f"Name:\tpython\nCapPrm:\t000001ffffffffff\nCapEff:\t{capabilities}\n")
+    (tmp_path / "ns").mkdir()
+    (tmp_path / "ns" / "pid").symlink_to(namespace)
+    assert identity.sees_own_pids(tmp_path) is own
+
+
+def test_this_process_status_can_be_read() -> None:
+    assert identity.sees_own_pids() in (True, False)
 
 
 def test_it_is_asked_once(

@@ -5,13 +5,21 @@ Every drawn machine is printed as the tool prints it, and then damaged. hypothes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pytest
 from ckpt_engine_ascend import IdentityError
 from ckpt_engine_ascend.identity import chip_number
-from ckpt_engine_ascend.npu_smi import Answer, Chip, NpuSmi, parse_cards, parse_chips, parse_processes
+from ckpt_engine_ascend.npu_smi import (
+    Answer,
+    Chip,
+    NpuSmi,
+    parse_cards,
+    parse_chips,
+    parse_processes,
+    parse_processes_of_chip,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,15 +75,27 @@ class Machine:
 
     def listing(self, npu: int) -> list[str]:
         """Answers `info -t proc-mem -i npu`."""
-        mine = {chip: used for (n, chip), used in self.processes.items() if n == npu}
+        mine = [chip for n, chip in self.processes if n == npu]
         lines = [pair("NPU ID", npu), pair("Chip Count", len(mine)), ""]
-        for chip, used in mine.items():
-            rows = [
-                f"\tProcess id:{pid:<7d} Process name:{self.name:<17s} Process memory(MB):{megabytes}"
-                for pid, megabytes in used.items()
-            ] or ["\tNo process in device."]
-            number = pair("Chip ID", chip)
+        for chip in mine:
+            rows, number = self.rows((npu, chip)), pair("Chip ID", chip)
             lines += [*rows, number, ""] if self.numbers_after else [number, *rows, ""]
+        return lines
+
+    def rows(self, place: tuple[int, int]) -> list[str]:
+        """Answers `info -t proc-mem -i npu -c chip`."""
+        return [
+            f"\tProcess id:{pid:<7d} Process name:{self.name:<17s} Process memory(MB):{megabytes}"
+            for pid, megabytes in self.processes[place].items()
+        ] or ["\tNo process in device."]
+
+    def cards(self) -> list[str]:
+        """Answers `info -l`."""
+        npus = sorted({npu for npu, _ in self.processes})
+        counts = [sum(npu == n for n, _ in self.processes) for npu in npus]
+        lines = [pair("Total Count", len(npus)), ""]
+        for npu, count in zip(npus, counts, strict=True):
+            lines += [pair("NPU ID", npu), pair("Chip Count", count), ""]
         return lines
 
 
@@ -89,18 +109,35 @@ def machines(draw: st.DrawFn) -> Machine:
 
 
 class Told(NpuSmi):
-    """Answers from a machine; `damage` makes an answer of its lines."""
+    """Answers from a machine; `damage` makes an answer of its lines. `old`: knows neither `-l` nor `-c`.
+    `failing`: NPUs that do not answer."""
 
-    def __init__(self, machine: Machine, damage: Callable[[tuple[str, ...], list[str]], str]) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        damage: Callable[[tuple[str, ...], list[str]], str],
+        *,
+        old: bool = False,
+        failing: Mapping[int, Answer] | None = None,
+    ) -> None:
         super().__init__()
-        self.machine, self.damage = machine, damage
+        self.machine, self.damage, self.old, self.failing = machine, damage, old, failing or {}
 
     def ask(self, *arguments: str) -> Answer:
-        if arguments == ("info", "-m"):
-            return Answer(arguments, self.damage(arguments, self.machine.table()), 0)
-        if arguments[:3] == ("info", "-t", "proc-mem"):
-            return Answer(arguments, self.damage(arguments, self.machine.listing(int(arguments[-1]))), 0)
-        return Answer(arguments, "Error parameter of info\n", 215)
+        match arguments:
+            case ("info", "-m"):
+                lines = self.machine.table()
+            case ("info", "-l") if not self.old:
+                lines = self.machine.cards()
+            case ("info", "-t", "proc-mem", "-i", npu, *_) if int(npu) in self.failing:
+                return self.failing[int(npu)]
+            case ("info", "-t", "proc-mem", "-i", npu):
+                lines = self.machine.listing(int(npu))
+            case ("info", "-t", "proc-mem", "-i", npu, "-c", chip) if not self.old:
+                lines = self.machine.rows((int(npu), int(chip)))
+            case _:
+                return Answer(arguments, "Error parameter of info\n", 215)
+        return Answer(arguments, self.damage(arguments, lines), 0)
 
 
 def beginnings(text: str) -> st.SearchStrategy[str]:
@@ -132,18 +169,29 @@ def expected(machine: Machine, pid: int, logic_id: int | None) -> int | None:
 
 def check(smi: NpuSmi, pid: int, logic_id: int | None, right: int | None, must_find: bool) -> None:
     try:
-        found = chip_number(pid, logic_id, smi)
+        found = chip_number(pid, logic_id, smi, own_pids=True)
     except IdentityError:
         assert right is None or not must_find
         return
     assert found == right
 
 
+def logic_ids(machine: Machine) -> st.SearchStrategy[int | None]:
+    return st.none() | st.integers(0, len(machine.processes) - 1)
+
+
+def right_or_own(machine: Machine, pid: int, logic_id: int | None) -> int | None:
+    """The same where damage may hide a contradiction: what is left then says what the mapping says."""
+    right = expected(machine, pid, logic_id)
+    return machine.number(machine.chips()[logic_id]) if right is None and logic_id is not None else right
+
+
 @settings(max_examples=300, deadline=None)
 @given(machines(), PIDS, st.data())
 def test_an_undamaged_answer_gives_the_right_chip(machine: Machine, pid: int, data: st.DataObject) -> None:
-    logic_id = data.draw(st.none() | st.integers(0, len(machine.processes) - 1))
-    check(Told(machine, whole), pid, logic_id, expected(machine, pid, logic_id), must_find=True)
+    logic_id = data.draw(logic_ids(machine))
+    smi = Told(machine, whole, old=data.draw(st.booleans()))
+    check(smi, pid, logic_id, expected(machine, pid, logic_id), must_find=True)
 
 
 @settings(max_examples=300, deadline=None)
@@ -154,11 +202,11 @@ def test_unknown_lines_change_nothing(machine: Machine, pid: int, data: st.DataO
             arguments, [text for line in lines for text in (*data.draw(st.lists(NOISE, max_size=2)), line)]
         )
 
-    logic_id = data.draw(st.none() | st.integers(0, len(machine.processes) - 1))
+    logic_id = data.draw(logic_ids(machine))
     check(Told(machine, noisy), pid, logic_id, expected(machine, pid, logic_id), must_find=True)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=800, deadline=None)
 @given(machines(), PIDS, st.data())
 def test_a_cut_answer_never_gives_another_chip(machine: Machine, pid: int, data: st.DataObject) -> None:
     """Each list of processes may end anywhere, unknown lines between its own. Known or unknown logic id: the
@@ -173,57 +221,92 @@ def test_a_cut_answer_never_gives_another_chip(machine: Machine, pid: int, data:
             beginnings(whole(arguments, [text for line in lines for text in (*data.draw(noise), line)]))
         )
 
-    logic_id = data.draw(st.none() | st.integers(0, len(machine.processes) - 1))
-    right = expected(machine, pid, logic_id)
-    if logic_id is not None and right is None:
-        # A contradiction, which the cut may hide; what is left then says what the mapping says.
-        right = machine.number(machine.chips()[logic_id])
-    check(Told(machine, cut), pid, logic_id, right, must_find=False)
+    logic_id = data.draw(logic_ids(machine))
+    smi = Told(machine, cut, old=data.draw(st.booleans()))
+    check(smi, pid, logic_id, right_or_own(machine, pid, logic_id), must_find=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(machines(), PIDS, st.data())
 def test_a_cut_table_never_gives_another_chip(machine: Machine, pid: int, data: st.DataObject) -> None:
+    """Rows that are missing altogether cannot be told from cards that are not there, but for the list of
+    cards, which may be cut as well."""
+
     def cut(arguments: tuple[str, ...], lines: list[str]) -> str:
         text = whole(arguments, lines)
-        # Rows that are missing altogether cannot be told from cards that are not there.
-        return data.draw(beginnings(text)) if arguments == ("info", "-m") else text
+        return data.draw(beginnings(text)) if arguments[1] in ("-m", "-l") else text
 
-    logic_id = data.draw(st.integers(0, len(machine.processes) - 1))
-    right = expected(machine, pid, logic_id)
-    if right is None:
-        right = machine.number(machine.chips()[logic_id])  # as above
-    check(Told(machine, cut), pid, logic_id, right, must_find=False)
+    logic_id = data.draw(logic_ids(machine))
+    check(Told(machine, cut), pid, logic_id, right_or_own(machine, pid, logic_id), must_find=False)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(machines(), PIDS, st.data())
 def test_rows_in_any_order_never_give_another_chip(machine: Machine, pid: int, data: st.DataObject) -> None:
-    """Shuffled, a list of processes says nothing about chips, unless it still is in one of the two orders."""
+    """Shuffled, a list of processes says nothing of chips, and may look as if it did: asked for one chip at a
+    time, npu-smi contradicts it."""
 
     def shuffled(arguments: tuple[str, ...], lines: list[str]) -> str:
-        if arguments == ("info", "-m"):
+        if arguments[1] == "-m":
             header, *rows = lines
             return whole(arguments, [header, *data.draw(st.permutations(rows))])
-        head, rows = lines[:2], [line for line in lines[3:] if line]
-        return whole(arguments, [*head, "", *data.draw(st.permutations(rows)), ""])
+        if arguments[1] == "-l" or "-c" in arguments:
+            return whole(arguments, lines)
+        return whole(arguments, data.draw(st.permutations(lines)))
 
-    logic_id = data.draw(st.integers(0, len(machine.processes) - 1))
-    places = [npu for (npu, _), used in machine.processes.items() if pid in used]
-    own = machine.chips()[logic_id]
-    # What can be said: an answer is the chip of the logic id, and only if the pid is not on other NPUs alone.
-    try:
-        found = chip_number(pid, logic_id, Told(machine, shuffled))
-    except IdentityError:
-        return
-    assert found == machine.number(own)
-    assert not places or own[0] in places
+    logic_id = data.draw(logic_ids(machine))
+    check(Told(machine, shuffled), pid, logic_id, right_or_own(machine, pid, logic_id), must_find=False)
+
+
+@settings(max_examples=500, deadline=None)
+@given(machines(), PIDS, st.data())
+def test_two_answers_in_one_never_give_another_chip(machine: Machine, pid: int, data: st.DataObject) -> None:
+    """The rows of another NPU's answer, or of the same one again, between those of an answer; then cut."""
+
+    def mixed(arguments: tuple[str, ...], lines: list[str]) -> str:
+        if "proc-mem" not in arguments or "-c" in arguments:
+            return whole(arguments, lines)
+        other = machine.listing(data.draw(st.sampled_from(machine.chips()))[0])
+        turns = data.draw(st.permutations([0] * len(lines) + [1] * len(other)))
+        of = iter(lines), iter(other)
+        return data.draw(beginnings(whole(arguments, [next(of[turn]) for turn in turns])))
+
+    logic_id = data.draw(logic_ids(machine))
+    smi = Told(machine, mixed, old=data.draw(st.booleans()))
+    check(smi, pid, logic_id, right_or_own(machine, pid, logic_id), must_find=False)
+
+
+FAILURES = [
+    Answer((), "Failed to query npu chip: 0 info.\n", 211),
+    Answer((), "This device does not support querying proc-mem.\n", 217),
+    Answer((), "\tNPU ID", None, "no end within 10 s"),
+    Answer((), "", 0),
+]
+NO_CARD = Answer((), "Invalid card id.\nError parameter of -i\n", 215)
+
+
+@settings(max_examples=500, deadline=None)
+@given(machines(), PIDS, st.data())
+def test_a_silent_npu_never_gives_another_chip(machine: Machine, pid: int, data: st.DataObject) -> None:
+    """The process may be on the NPU that does not answer; unless that one says that it is not here at all."""
+    npus = sorted({npu for npu, _ in machine.processes})
+    silent = data.draw(st.lists(st.sampled_from(npus), unique=True))
+    smi = Told(machine, whole, failing={npu: data.draw(st.sampled_from(FAILURES)) for npu in silent})
+    logic_id = data.draw(logic_ids(machine))
+    check(smi, pid, logic_id, right_or_own(machine, pid, logic_id), must_find=False)
+
+    absent = [
+        npu for npu in npus if not any(pid in machine.processes[at] for at in machine.chips() if at[0] == npu)
+    ]
+    smi = Told(machine, whole, failing=dict.fromkeys(absent, NO_CARD))
+    check(smi, pid, None, expected(machine, pid, None), must_find=True)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=400), st.integers(0, 9))
 def test_any_text_is_read_without_a_crash(text: str, npu: int) -> None:
     parse_processes(text, npu)
+    parse_processes_of_chip(text, npu, 0)
     parse_chips(text)
     parse_cards(text)
 
@@ -245,9 +328,7 @@ def test_the_tables_columns_are_found_by_name() -> None:
     chips = parse_chips((SAMPLES / "a3_container_npu2__info_m.txt").read_text())
     assert chips == [Chip(2, 0, logic_id=0, phy_id=4), Chip(2, 1, logic_id=1, phy_id=5)]
     assert parse_chips((SAMPLES / "a5__info_m.txt").read_text()) == [Chip(0, 0, phy_id=0)]
-    assert parse_cards((SAMPLES / "a3_8x2__info_l.txt").read_text()) == [
-        Chip(npu, chip) for npu in range(8) for chip in range(2)
-    ]
+    assert parse_cards((SAMPLES / "a3_8x2__info_l.txt").read_text()) == dict.fromkeys(range(8), 2)
 
 
 def test_an_answer_about_another_npu_is_none() -> None:
@@ -266,7 +347,7 @@ def test_numbers_that_two_cards_would_share_are_refused() -> None:
     """A card of two chips beside one of one, without physical ids: the reference's formula gives 4 twice."""
     machine = Machine({(2, 0): {7: 1}, (2, 1): {}, (4, 0): {}}, numbers_after=True, phy=False, name="python")
     with pytest.raises(IdentityError, match="the same number"):
-        chip_number(7, 0, Told(machine, whole))
+        chip_number(7, 0, Told(machine, whole), own_pids=True)
 
 
 def test_a_list_that_ends_behind_a_process_may_lack_others() -> None:
@@ -277,8 +358,9 @@ def test_a_list_that_ends_behind_a_process_may_lack_others() -> None:
     text = whole((), lines)
     cut = whole((), lines[:-2])
     assert [found.complete for found in map(parse_processes, (text, cut), (2, 2)) if found] == [True, False]
+    smi = Told(machine, lambda arguments, all_lines: whole((), all_lines[:-2]), old=True)
     with pytest.raises(IdentityError, match="unclear or incomplete"):
-        chip_number(7, None, Told(machine, lambda arguments, all_lines: whole((), all_lines[:-2])))
+        chip_number(7, None, smi, own_pids=True)
 
 
 def test_a_table_that_lacks_a_chip_gives_no_number_of_another() -> None:
@@ -288,6 +370,54 @@ def test_a_table_that_lacks_a_chip_gives_no_number_of_another() -> None:
     def cut(arguments: tuple[str, ...], lines: list[str]) -> str:
         return whole(arguments, lines[:2] if arguments == ("info", "-m") else lines)
 
-    with pytest.raises(IdentityError, match="lists 1 chips of NPU 5, `-t proc-mem` counts 2"):
-        chip_number(8, 0, Told(machine, cut))
-    assert chip_number(8, 0, Told(machine, whole)) == 10
+    for smi in (
+        Told(machine, cut),
+        Told(machine, cut, old=True),
+        Told(machine, cut, failing={5: FAILURES[0]}),
+    ):
+        with pytest.raises(IdentityError, match="lists 1 chips of NPU 5, and elsewhere it says 2"):
+            chip_number(8, 0, smi, own_pids=True)
+    with pytest.raises(IdentityError, match="nothing else says how many"):
+        chip_number(8, 0, Told(machine, cut, old=True, failing={5: FAILURES[0]}), own_pids=True)
+    assert chip_number(8, 0, Told(machine, whole), own_pids=True) == 10
+
+
+def test_pids_of_the_host_are_nobodys_here() -> None:
+    """A privileged container: another process of the host may have this process' pid."""
+    machine = Machine({(2, 0): {7: 9}, (3, 0): {}}, numbers_after=True, phy=False, name="python")
+    smi = Told(machine, whole)
+    assert chip_number(7, None, smi, own_pids=True) == 2
+    with pytest.raises(IdentityError, match="its pids are the host's"):
+        chip_number(7, None, smi, own_pids=False)
+    assert chip_number(7, 0, smi, own_pids=False) == 2
+    with pytest.raises(
+        IdentityError, match=r"by its logic id the process is on NPU 3 chip 0 \(was ASCEND_RT"
+    ):
+        chip_number(7, 1, smi, own_pids=False)
+
+
+def test_a_logic_id_that_two_chips_have_is_refused() -> None:
+    machine = Machine({(2, 0): {}, (3, 0): {}}, numbers_after=True, phy=False, name="python")
+
+    def twice(arguments: tuple[str, ...], lines: list[str]) -> str:
+        return whole(arguments, [*lines, lines[1]] if arguments == ("info", "-m") else lines)
+
+    with pytest.raises(IdentityError, match="lists 2 chips with this logic id, of the logic ids 0, 1, 0"):
+        chip_number(7, 0, Told(machine, twice), own_pids=True)
+
+
+def test_a_name_that_looks_like_a_row_is_no_row() -> None:
+    """A process may call itself anything: bytes at which Python would end a line, too."""
+    for name in ("\vProcess id:9", "\x1cChip ID : 0", "\u2028a"):
+        machine = Machine({(2, 0): {7: 1}, (2, 1): {8: 1}}, numbers_after=True, phy=False, name=name)
+        found = parse_processes(whole((), machine.listing(2)), 2)
+        assert found is not None
+        assert found.by_chip == {0: {7: 1}, 1: {8: 1}}
+        assert found.complete
+
+
+def test_physical_ids_that_the_formula_would_not_give_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The other side of a device, with an npu-smi that names none, would come to another number."""
+    machine = Machine({(2, 0): {7: 1}, (3, 0): {}}, numbers_after=True, phy=True, name="python")
+    assert chip_number(7, 0, Told(machine, whole), own_pids=True) == 100
+    assert "has the physical id 100, and would be 2 where npu-smi names none" in caplog.text
