@@ -33,8 +33,9 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.transport import control_messages as messages
 from ckpt_engine.transport.bootstrap import MeetingPoint
-from ckpt_engine.transport.control_messages import FrameBuffer, Verdict
+from ckpt_engine.transport.control_messages import Verdict
 from ckpt_engine.transport.control_server import BEAT_SECONDS, ControlServer
+from ckpt_engine.transport.framing import FrameBuffer
 
 __all__ = ["Control", "Round", "Verdict", "error_of"]
 
@@ -195,7 +196,7 @@ class Control:
     # The thread that listens
 
     def _listen(self) -> None:
-        frames = FrameBuffer()
+        frames = FrameBuffer(messages.MAX_FRAME_NBYTES)
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         heard = beaten = time.monotonic()

@@ -15,24 +15,22 @@
       Goodbye                      ->
 
 A rank numbers its calls, the server the rounds in which they meet.
-A frame is its length (4 bytes, little endian) and a msgpack document.
 """
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 
 import msgspec
 
-from ckpt_engine.errors import ErrorRecord, ProtocolError
+from ckpt_engine.errors import ErrorRecord
+from ckpt_engine.transport.framing import Message, decode, encode
 
 CONTROL_PROTOCOL = 1
 MAX_FRAME_NBYTES = 1024**3
 """Largest frame: what all ranks bring to a gather of a large checkpoint on thousands of ranks."""
 MAX_JOIN_NBYTES = 1024
 """Largest frame of a connection that has not shown the token yet."""
-LENGTH = struct.Struct("<I")
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -47,18 +45,14 @@ class Verdict:
         return self.record is None
 
 
-class _Frame(msgspec.Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
-    pass
-
-
-class Join(_Frame, frozen=True):
+class Join(Message, frozen=True):
     protocol: int
     token: str
     rank: int
     pid: int
 
 
-class Enter(_Frame, frozen=True):
+class Enter(Message, frozen=True):
     """`members`: ranks, sorted; `purpose`: what they do, alike on all; `without_lost`: they may meet without
     members that are gone; `decides`: they will vote."""
 
@@ -70,12 +64,12 @@ class Enter(_Frame, frozen=True):
     decides: bool
 
 
-class Vote(_Frame, frozen=True):
+class Vote(Message, frozen=True):
     call: int
     version: str
 
 
-class Abandon(_Frame, frozen=True):
+class Abandon(Message, frozen=True):
     """With `members` and `purpose`, since a rank may give up a call before it enters."""
 
     call: int
@@ -84,35 +78,35 @@ class Abandon(_Frame, frozen=True):
     record: ErrorRecord
 
 
-class Left(_Frame, frozen=True):
+class Left(Message, frozen=True):
     call: int
 
 
-class Mistake(_Frame, frozen=True):
+class Mistake(Message, frozen=True):
     purpose: str
     record: ErrorRecord
 
 
-class Beat(_Frame, frozen=True):
+class Beat(Message, frozen=True):
     pass
 
 
-class Goodbye(_Frame, frozen=True):
+class Goodbye(Message, frozen=True):
     pass
 
 
-class Welcome(_Frame, frozen=True):
+class Welcome(Message, frozen=True):
     pass
 
 
-class Entered(_Frame, frozen=True):
+class Entered(Message, frozen=True):
     """The call belongs to this round. Numbers grow, over rounds of any members."""
 
     call: int
     round: int
 
 
-class Met(_Frame, frozen=True):
+class Met(Message, frozen=True):
     """`payloads` by member (None: gone); `lost`: members that are gone, and why."""
 
     round: int
@@ -120,7 +114,7 @@ class Met(_Frame, frozen=True):
     lost: dict[int, str]
 
 
-class Decided(_Frame, frozen=True):
+class Decided(Message, frozen=True):
     round: int
     verdict: Verdict
 
@@ -128,55 +122,20 @@ class Decided(_Frame, frozen=True):
 RankFrame = Join | Enter | Vote | Abandon | Left | Mistake | Beat | Goodbye
 ServerFrame = Welcome | Entered | Met | Decided | Beat
 
-_NOT_A_MESSAGE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_ENCODER = msgspec.msgpack.Encoder()
 _RANK_DECODER: msgspec.msgpack.Decoder[RankFrame] = msgspec.msgpack.Decoder(RankFrame)
 _SERVER_DECODER: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(ServerFrame)
 
 
 def encode_frame(message: RankFrame | ServerFrame) -> bytes:
     """The message with its length in front."""
-    body = _ENCODER.encode(message)
-    if len(body) > MAX_FRAME_NBYTES:
-        raise ProtocolError(f"a control message of {len(body)} bytes is over {MAX_FRAME_NBYTES}")
-    return LENGTH.pack(len(body)) + body
-
-
-class FrameBuffer:
-    """Cuts a stream into frames. `limit`: the largest frame that is accepted now, in bytes."""
-
-    def __init__(self, limit: int = MAX_FRAME_NBYTES) -> None:
-        self.limit = limit
-        self._data = bytearray()
-
-    def feed(self, data: bytes) -> None:
-        self._data += data
-
-    def next(self) -> bytes | None:
-        """The next whole frame's body. Raises ProtocolError when it claims to be over the limit."""
-        if len(self._data) < LENGTH.size:
-            return None
-        (nbytes,) = LENGTH.unpack_from(self._data)
-        if nbytes > self.limit:
-            raise ProtocolError(f"a control message claims {nbytes} bytes, over {self.limit}")
-        if len(self._data) < LENGTH.size + nbytes:
-            return None
-        body = bytes(self._data[LENGTH.size : LENGTH.size + nbytes])
-        del self._data[: LENGTH.size + nbytes]
-        return body
+    return encode(message, MAX_FRAME_NBYTES)
 
 
 def decode_rank_frame(body: bytes) -> RankFrame:
     """Raises ProtocolError: not a rank's message of this version."""
-    try:
-        return _RANK_DECODER.decode(body)
-    except _NOT_A_MESSAGE as error:
-        raise ProtocolError(f"not a rank's control message: {error}") from None
+    return decode(_RANK_DECODER, body, "a rank's control message")
 
 
 def decode_server_frame(body: bytes) -> ServerFrame:
     """Raises ProtocolError: not a control server's message of this version."""
-    try:
-        return _SERVER_DECODER.decode(body)
-    except _NOT_A_MESSAGE as error:
-        raise ProtocolError(f"not a control server's message: {error}") from None
+    return decode(_SERVER_DECODER, body, "a control server's message")

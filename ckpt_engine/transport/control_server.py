@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from ckpt_engine.errors import ProtocolError
 from ckpt_engine.transport import control_messages as messages
-from ckpt_engine.transport.control_messages import FrameBuffer
+from ckpt_engine.transport.framing import FrameBuffer
 from ckpt_engine.transport.rounds import Rounds
 
 logger = logging.getLogger(__name__)

@@ -13,14 +13,15 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import MAX_TEXT, ErrorRecord, OutcomeUnknown, PeerLost, UpdateError, UpdateTimeout
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.control_messages import (
+    MAX_FRAME_NBYTES,
     Abandon,
     Decided,
-    FrameBuffer,
     decode_rank_frame,
     decode_server_frame,
     encode_frame,
 )
 from ckpt_engine.transport.control_server import ControlServer
+from ckpt_engine.transport.framing import FrameBuffer
 
 
 def met(fleet: Fleet) -> tuple[list[Round], list[int]]:
@@ -195,7 +196,7 @@ reproducible = settings(derandomize=True, print_blob=True, deadline=None, max_ex
 def test_a_record_survives_the_wire(record: ErrorRecord) -> None:
     sent = record.travelling()
     abandon = Abandon(3, (0, 7), "meet", sent)
-    frames = FrameBuffer()
+    frames = FrameBuffer(MAX_FRAME_NBYTES)
     frames.feed(encode_frame(abandon))
     frames.feed(encode_frame(Decided(5, Verdict(record=sent))))
     first, second = frames.next(), frames.next()

@@ -1,0 +1,98 @@
+"""What a reader and an owner's lease server say to each other.
+
+reader                                 owner
+  Ask(session, checkpoint, ...)  ->
+                                 <-    Refused(why)            and the connection ends
+                                 <-    Granted                 at once, or after others have read
+  Check                          ->
+                                 <-    Held                    the lease holds, up to now
+  Renew                          <->   Renew                   every RENEW_SECONDS; silence is death
+"""
+
+from __future__ import annotations
+
+import socket
+
+import msgspec
+
+from ckpt_engine.errors import P2PError
+from ckpt_engine.transport.framing import Message, decode, encode
+
+LEASE_PROTOCOL = 1
+MAX_NBYTES = 16 * 1024
+"""Largest message, either way."""
+RENEW_SECONDS = 5.0
+LEASE_SECONDS = 20.0
+"""After how long without a sign of life the other side counts as gone."""
+
+
+class Ask(Message, frozen=True):
+    """`reader`: who reads; leases of the same reader count once."""
+
+    protocol: int
+    session: str
+    checkpoint: str
+    epoch: str
+    reader: str
+
+
+class Check(Message, frozen=True):
+    pass
+
+
+class Renew(Message, frozen=True):
+    pass
+
+
+class Granted(Message, frozen=True):
+    pass
+
+
+class Refused(Message, frozen=True):
+    why: str
+
+
+class Held(Message, frozen=True):
+    pass
+
+
+ReaderMessage = Ask | Check | Renew
+OwnerMessage = Granted | Refused | Held | Renew
+
+_READER: msgspec.msgpack.Decoder[ReaderMessage] = msgspec.msgpack.Decoder(ReaderMessage)
+_OWNER: msgspec.msgpack.Decoder[OwnerMessage] = msgspec.msgpack.Decoder(OwnerMessage)
+
+
+def frame(message: ReaderMessage | OwnerMessage) -> bytes:
+    """Raises ProtocolError: it is too long."""
+    return encode(message, MAX_NBYTES)
+
+
+def reader_message(body: bytes) -> ReaderMessage:
+    """Raises ProtocolError: not a reader's message of this version."""
+    return decode(_READER, body, "a message of who reads")
+
+
+def owner_message(body: bytes) -> OwnerMessage:
+    """Raises ProtocolError: not an owner's message of this version."""
+    return decode(_OWNER, body, "a message of a lease server")
+
+
+def address_of(name: tuple[str | int, ...]) -> str:
+    """A socket's name as text: `host:port`, `[host]:port` for IPv6."""
+    host, port = str(name[0]), name[1]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def parts_of(address: str) -> tuple[str, int]:
+    """The inverse of `address_of`. Raises P2PError: it is none."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65535:
+        raise P2PError(f"{address!r} is no address of a lease server")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def notice_death(sock: socket.socket) -> None:
+    """Lets the kernel end the connection when the other host does not acknowledge for LEASE_SECONDS."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(LEASE_SECONDS * 1000))
