@@ -222,7 +222,7 @@ def test_requests_that_are_running(server: Server, disk_server: Server, checkpoi
     ("options", "told"),
     [
         (("--inference-parallel-size", 2), "has 1 ranks (--tp-size times --pp-size), but 2 ranks would"),
-        (("--update-method", "p2p"), "p2p is not in this version"),
+        (("--update-method", "multicast"), "'multicast' is not one of"),
     ],
 )
 def test_a_command_that_cannot_work(
