@@ -26,7 +26,7 @@ WAIT = "--checkpoint-engine-wait-weights-before-ready"
 STALL_SECONDS = 5.0
 """How long a server's workers wait for a parameter server that gives no sign of life."""
 _ARGUMENTS = (
-    *("--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
+    *("--attention-backend", "torch_native", "--sampling-backend", "pytorch"),
     # The fraction is of memory that other processes take meanwhile, too; the tokens are the limit.
     *("--disable-overlap-schedule", "--disable-cuda-graph", "--mem-fraction-static", "0.8"),
     *("--max-total-tokens", "2048", "--max-running-requests", "4", "--context-length", "512"),
@@ -60,6 +60,7 @@ class Server:
         log: where its processes write.
         devices: CKPT_ENGINE_CPU_DEVICES.
         host: CKPT_ENGINE_HOST_ID.
+        device: cpu or cuda.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Server:
         dummy: bool = True,
         devices: str = "0",
         host: str = "here",
+        device: str = "cpu",
         **environment: str,
     ) -> None:
         self.model, self.log, self.tp_size, self.host = model, log, tp_size, host
@@ -80,7 +82,7 @@ class Server:
         self.faults = log.with_suffix(".faults")
         settings = {
             "PYTHONPATH": with_stubs(os.environ),
-            "SGLANG_USE_CPU_ENGINE": "1",
+            "SGLANG_USE_CPU_ENGINE": str(int(device == "cpu")),
             "SGLANG_FAULTS": str(self.faults),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
@@ -97,7 +99,7 @@ class Server:
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
             *("--host", "127.0.0.1", "--port", str(self.port), "--tp-size", str(tp_size)),
-            *("--load-format", "dummy" if dummy else "auto"),
+            *("--load-format", "dummy" if dummy else "auto", "--device", device),
             *(*_ARGUMENTS, *arguments),
         ]
         self._output: IO[bytes] = log.open("wb")
