@@ -398,25 +398,30 @@ class _Keeper:
     def __init__(self) -> None:
         self._leases: weakref.WeakSet[Lease] = weakref.WeakSet()
         self._changed = threading.Condition()
-        self._running = False
+        self._thread: threading.Thread | None = None
 
     def keep(self, lease: Lease) -> None:
         with self._changed:
             self._leases.add(lease)
-            if not self._running:
-                self._running = True
-                threading.Thread(target=self._run, name="ckpt-engine-lease-keeper", daemon=True).start()
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._run, name="ckpt-engine-lease-keeper", daemon=True
+                )
+                self._thread.start()
 
     def forget(self, lease: Lease) -> None:
         with self._changed:
             self._leases.discard(lease)
+            thread = None if self._leases else self._thread
             self._changed.notify_all()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(1.0)  # so that no thread is left behind an update
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: not self._leases, RENEW_SECONDS):
-                    self._running = False
+                    self._thread = None
                     return
                 kept = list(self._leases)
             for lease in kept:

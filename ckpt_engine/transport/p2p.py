@@ -7,7 +7,7 @@
     store.close()
 
 A read that has failed, or was given up, may still write into its destination: that memory belongs to the
-store until it is closed.
+store until it is closed. Then a new store is made. So a store that serves is not the one that reads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Read(Protocol):
     """One that was started."""
 
     def poll(self) -> bool:
-        """True once all bytes are there. Not to be asked again after that, nor after an error.
+        """True once all bytes are there, and from then on. Once it has failed it raises every time.
 
         Raises:
             P2PError: the peer is gone, refuses, or took too long.
@@ -74,8 +74,8 @@ def make_p2p_store(
         rdma_devices: the network devices to use; none: TCP.
 
     Raises:
-        P2PUnavailable: mooncake is not installed, or cannot start here.
+        P2PUnavailable: mooncake is not installed, cannot start here, or takes another transport.
     """
-    from ckpt_engine.transport.mooncake_store import MooncakeStore
+    from ckpt_engine.transport.mooncake_store import start_mooncake
 
-    return MooncakeStore(settings, host_ip, device_type, rdma_devices)
+    return start_mooncake(settings, host_ip, device_type, rdma_devices)
