@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,13 +87,15 @@ class SteeredRankProcess:
 
     def forge(self, name: str) -> None:
         """From now on this rank believes that it gathered one tensor less."""
-        epoch, metas = self.ps._gathered._by_name[name]
-        held = metas[self.ps.rank]
+        known, rank = self.ps._gathered._by_name[name], self.ps.rank
+        held = known.metas[rank]
         first = held.buffers[0]
         less = held.model_copy(
             update={"buffers": (first.model_copy(update={"tensors": first.tensors[1:]}), *held.buffers[1:])}
         )
-        self.ps._gathered._by_name[name] = (epoch, metas | {self.ps.rank: less})
+        self.ps._gathered._by_name[name] = replace(
+            known, metas=known.metas | {rank: less}, layouts={**known.layouts, rank: "forged"}
+        )
 
     def state(self) -> dict[str, Any]:
         """What lies between updates."""
