@@ -19,7 +19,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help system demo test test-faults test-gpu test-ascend test-vllm test-sglang test-sglang-other check lock clean
+.PHONY: help system demo test test-faults test-multihost test-gpu test-ascend test-vllm test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: $(STAMP)  ## Runs the tests; those of engines and of CUDA have targets of 
 
 test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and workers
 	$(BIN)/python -m pytest -q tests/faults $(ARGS)
+
+test-multihost: $(STAMP)  ## Runs the tests between hosts, which are network namespaces: as root, after `make system`
+	$(BIN)/python -m pytest tests/multihost $(ARGS)
 
 test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from reports_for_fault_tests import KILLED_SECONDS, STOPPED_SECONDS
 
-from ckpt_engine.deadline import Deadline
-from tests.support.checkpoints import digests_of
+from tests.support.joins import (
+    Launch,
+    failed,
+    go_on,
+    hold_up,
+    in_place,
+    load,
+    metas_of,
+    owners_with,
+    register,
+)
 from tests.support.mooncake import need_mooncake
-from tests.support.steered import Answer, Engines, Fleet
+from tests.support.steered import Engines, Fleet
 
 need_mooncake()
 
 SEED = 20271101
-HELD_UP = {"act": "stop", "at": "bucket", "bucket": 2}
-
-Launch = Callable[..., Fleet]
 
 
 @pytest.fixture
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """(ranks, **environment) -> a fleet that can be read by P2P, with workers of its own."""
     made: list[tuple[Fleet, Engines]] = []
 
     def start(size: int, **environment: str) -> Fleet:
@@ -45,81 +49,6 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         engines.end()
 
 
-def everybody(fleet: Fleet) -> list[int]:
-    return list(range(fleet.size))
-
-
-def owners_with(launch: Launch, size: int, seed: int, **environment: str) -> tuple[Fleet, str]:
-    """A fleet that holds the checkpoint, and its metas."""
-    fleet = launch(size, **environment)
-    register(fleet, seed)
-    return fleet, metas_of(fleet)
-
-
-def register(fleet: Fleet, seed: int) -> None:
-    for do, arguments in (
-        ("register", {"kind": "layers", "seed": seed, "parts": lambda rank: [rank], "of": fleet.size}),
-        ("gather", {}),
-    ):
-        answers = fleet.ask(do, everybody(fleet), name="a", **arguments)
-        assert {answer["message"] for answer in answers.values()} == {""}, answers
-
-
-def metas_of(fleet: Fleet) -> str:
-    return str(fleet.ask("metas", [0])[0]["metas"])
-
-
-def load(fleet: Fleet, *metas: str) -> None:
-    answers = fleet.ask("load_metas", everybody(fleet), texts=list(metas))
-    assert {answer["message"] for answer in answers.values()} == {""}, answers
-
-
-def hold_up(fleet: Fleet, rank: int) -> None:
-    """Starts an update whose worker of `rank` stops in a bucket."""
-    for one in everybody(fleet):
-        fleet.worker(one).news.clear()
-    fleet.tell(
-        "update",
-        everybody(fleet),
-        name="a",
-        ranks=everybody(fleet),
-        worker_fault=lambda one: HELD_UP if one == rank else None,
-    )
-    fleet.worker(rank).happened("fault")
-    stat = Path(f"/proc/{fleet.worker(rank).pid}/stat")
-    deadline = Deadline.after(KILLED_SECONDS)
-    while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
-        assert not deadline.passed, "the worker does not stop"
-
-
-def go_on(fleet: Fleet, rank: int) -> None:
-    fleet.worker(rank).signal(signal.SIGCONT)
-
-
-def in_place(fleet: Fleet, seed: int, answers: dict[int, Answer] | None = None) -> dict[int, Answer]:
-    """An update, this one or a new one, succeeds, and every bit is right."""
-    for rank in everybody(fleet):
-        fleet.worker(rank)
-    if answers is None:
-        answers = fleet.ask("update", everybody(fleet), name="a", ranks=everybody(fleet))
-    assert {answer["message"] for answer in answers.values()} == {""}, answers
-    for rank in everybody(fleet):
-        report = fleet.worker(rank).answer()
-        assert report["status"]["outcome"] == "committed", report["status"]
-        assert report["digests"] == digests_of("layers", seed)
-    return answers
-
-
-def failed(fleet: Fleet, seconds: float) -> dict[str, Any]:
-    """The record, the same on every rank; the workers have left."""
-    answers = fleet.answers(everybody(fleet), seconds)
-    records = [answer["record"] for answer in answers.values()]
-    assert records == [records[0]] * len(records)
-    for rank in everybody(fleet):
-        assert fleet.worker(rank).answer()["status"]["outcome"] == "failed"
-    return dict(records[0])
-
-
 def names_the_owner(record: dict[str, Any], rank: int) -> None:
     assert (record["error_type"], record["stage"]) == ("P2PError", "buckets"), record
     assert record["bucket"] is not None
@@ -129,7 +58,7 @@ def names_the_owner(record: dict[str, Any], rank: int) -> None:
 
 
 def test_an_owner_that_is_killed_is_named_and_another_fleet_can_be_joined(launch: Launch) -> None:
-    owners, metas = owners_with(launch, 2, SEED)
+    owners, metas = owners_with(launch, 2, seed=SEED)
     joiners = launch(2)
     load(joiners, metas)
     hold_up(joiners, 1)
@@ -137,14 +66,14 @@ def test_an_owner_that_is_killed_is_named_and_another_fleet_can_be_joined(launch
     owners.ranks[1].wait()
     go_on(joiners, 1)
     names_the_owner(failed(joiners, KILLED_SECONDS), 1)
-    _, metas = owners_with(launch, 1, SEED + 1)
+    _, metas = owners_with(launch, 1, seed=SEED + 1)
     load(joiners, metas)
     in_place(joiners, SEED + 1)
 
 
 def test_a_replica_takes_a_killed_owner_s_place(launch: Launch) -> None:
-    owners, metas = owners_with(launch, 2, SEED)
-    _, others = owners_with(launch, 3, SEED)
+    owners, metas = owners_with(launch, 2, seed=SEED)
+    _, others = owners_with(launch, 3, seed=SEED)
     # A replica says from which shares its bytes come.
     origin = {
         tensor["name"]: held["epoch"]
@@ -173,7 +102,7 @@ def test_a_replica_takes_a_killed_owner_s_place(launch: Launch) -> None:
 
 
 def test_a_stopped_owner_is_named_and_can_be_read_when_it_goes_on(launch: Launch) -> None:
-    owners, metas = owners_with(launch, 1, SEED)
+    owners, metas = owners_with(launch, 1, seed=SEED)
     joiners = launch(1)
     load(joiners, metas)
     hold_up(joiners, 0)
@@ -185,7 +114,7 @@ def test_a_stopped_owner_is_named_and_can_be_read_when_it_goes_on(launch: Launch
 
 
 def test_a_killed_receiver_ends_the_owner_s_lease(launch: Launch) -> None:
-    owners, metas = owners_with(launch, 1, SEED, CKPT_ENGINE_LEASE_TIMEOUT="60")
+    owners, metas = owners_with(launch, 1, seed=SEED, CKPT_ENGINE_LEASE_TIMEOUT="60")
     joiners = launch(2)
     load(joiners, metas)
     hold_up(joiners, 1)
@@ -202,7 +131,7 @@ def test_a_killed_receiver_ends_the_owner_s_lease(launch: Launch) -> None:
 
 def test_memory_stays_while_it_is_read(launch: Launch) -> None:
     """The update that reads it ends well, also the second one; only then it is freed, and refilled."""
-    owners, metas = owners_with(launch, 1, SEED, CKPT_ENGINE_LEASE_TIMEOUT="60")
+    owners, metas = owners_with(launch, 1, seed=SEED, CKPT_ENGINE_LEASE_TIMEOUT="60")
     joiners = launch(1)
     load(joiners, metas)
     in_place(joiners, SEED)
@@ -220,7 +149,7 @@ def test_memory_stays_while_it_is_read(launch: Launch) -> None:
 
 
 def test_memory_that_is_read_too_long_is_not_freed_unless_by_force(launch: Launch) -> None:
-    owners, metas = owners_with(launch, 1, SEED, CKPT_ENGINE_LEASE_TIMEOUT="1")
+    owners, metas = owners_with(launch, 1, seed=SEED, CKPT_ENGINE_LEASE_TIMEOUT="1")
     joiners = launch(1)
     load(joiners, metas)
     hold_up(joiners, 0)
@@ -237,7 +166,7 @@ def test_memory_that_is_read_too_long_is_not_freed_unless_by_force(launch: Launc
 
 
 def test_metas_of_an_owner_that_was_restarted_are_refused(launch: Launch) -> None:
-    _, metas = owners_with(launch, 1, SEED)
+    _, metas = owners_with(launch, 1, seed=SEED)
     document = json.loads(metas)
     document["0"]["session"] = "another one"
     joiners = launch(1)

@@ -33,7 +33,8 @@ def namespace() -> Sequence[str]:
 
 @pytest.fixture(scope="module")
 def world(new_world: NewWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    engines = Engines(tmp_path_factory.mktemp("engines"), namespace())
+    prefix = namespace()
+    engines = Engines(tmp_path_factory.mktemp("engines"), lambda host: prefix)
     world = new_world(2, 1, engines, kind="large")
     yield world
     world.fleet.end()

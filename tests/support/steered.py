@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -178,7 +178,7 @@ class Steered:
 class SteeredWorker(Steered):
     """An engine's worker, which is asked to receive over a Unix socket of its own."""
 
-    def __init__(self, host: int, index: int, directory: Path, prefix: Sequence[str] = ()) -> None:
+    def __init__(self, host: int, index: int, directory: Path, prefix: Sequence[str]) -> None:
         self.socket_path = directory / f"engine-{host}-{index}"
         environment = SHORT_DEADLINES | {
             "CKPT_ENGINE_HOST_ID": f"host{host}",
@@ -202,10 +202,18 @@ class SteeredWorker(Steered):
         return self
 
 
-class Engines:
-    """The workers of engines. They outlive the fleets of ranks; one that died is replaced when asked for."""
+def nothing(host: int) -> Sequence[str]:
+    """Seeming hosts: all of them are this one."""
+    return ()
 
-    def __init__(self, directory: Path, prefix: Sequence[str] = ()) -> None:
+
+class Engines:
+    """The workers of engines. They outlive the fleets of ranks; one that died is replaced when asked for.
+
+    `prefix`: what runs a command on a host.
+    """
+
+    def __init__(self, directory: Path, prefix: Callable[[int], Sequence[str]] = nothing) -> None:
         self.prefix = prefix
         self._directory = directory
         self._there: dict[tuple[int, int], SteeredWorker] = {}
@@ -215,7 +223,7 @@ class Engines:
         if found is None or not found.alive:
             if found is not None:
                 found.end()
-            found = self._there[host, index] = SteeredWorker(host, index, self._directory, self.prefix)
+            found = self._there[host, index] = SteeredWorker(host, index, self._directory, self.prefix(host))
         return found
 
     def end(self) -> None:
@@ -227,7 +235,8 @@ class Fleet:
     """The ranks of one launch, on as many seeming hosts, beside the workers of `engines`.
 
     `like`: a fleet before, at whose ports and in whose directories this one takes its place. `p2p`: whether
-    they can be read by P2P; else owners must take part.
+    they can be read by P2P; else owners must take part. `first_host`: where the hosts' numbers begin;
+    `on_host`: what the environment of a host's ranks has beside that of all.
     """
 
     def __init__(
@@ -239,6 +248,8 @@ class Fleet:
         like: Fleet | None = None,
         *,
         p2p: bool = False,
+        first_host: int = 0,
+        on_host: Callable[[int], Mapping[str, str]] = lambda host: {},
         **environment: str,
     ) -> None:
         self.size = size
@@ -249,7 +260,7 @@ class Fleet:
         # A socket's path may have 107 bytes: temporary directories of tests are too deep.
         self.socket_dir = Path(tempfile.gettempdir()) / f"ce-{os.getpid()}-{self.master_port}"
         local = size // hosts
-        self._place = [divmod(rank, local) for rank in range(size)]
+        self._place = [(first_host + rank // local, rank % local) for rank in range(size)]
         workers = [engines.worker(*place) for place in self._place]  # they start side by side with the ranks
         common = SHORT_DEADLINES | {
             "WORLD_SIZE": str(size),
@@ -265,10 +276,10 @@ class Fleet:
             Steered(
                 f"rank {rank}",
                 "tests.support.steered_rank",
-                common | {"RANK": str(rank), "CKPT_ENGINE_HOST_ID": f"host{host}"},
+                common | {"RANK": str(rank), "CKPT_ENGINE_HOST_ID": f"host{host}"} | dict(on_host(host)),
                 self.directory / f"rank-{rank}.log",
                 str(workers[rank].socket_path),
-                prefix=engines.prefix,
+                prefix=engines.prefix(host),
             )
             for rank, (host, _) in enumerate(self._place)
         ]

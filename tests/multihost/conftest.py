@@ -1,0 +1,62 @@
+"""Launches ranks on hosts of a network of their own. As root only: else they are skipped, but in CI."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.multihost.network import Network
+from tests.support.joins import Launch
+from tests.support.mooncake import need_mooncake
+from tests.support.steered import Engines, Fleet
+
+HERE = Path(__file__).parent
+HOSTS = 4
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    able = os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("tc") is not None
+    for item in items:
+        if item.path.is_relative_to(HERE) and not able:
+            if os.environ.get("CI") and os.geteuid() == 0:
+                raise pytest.UsageError("iproute2 is needed for the tests of several hosts: make system")
+            item.add_marker(pytest.mark.skip(reason="needs root and iproute2 (make system)"))
+
+
+@pytest.fixture(scope="session")
+def network() -> Iterator[Network]:
+    need_mooncake()
+    made = Network(HOSTS)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def launch(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
+    """(ranks, hosts, first host) -> a fleet on these hosts, with workers of its own."""
+    made: list[tuple[Fleet, Engines]] = []
+
+    def start(size: int, hosts: int, first_host: int, **environment: str) -> Fleet:
+        engines = Engines(tmp_path_factory.mktemp("engines"), network.prefix)
+        fleet = Fleet(
+            size,
+            hosts,
+            tmp_path_factory.mktemp("fleet"),
+            engines,
+            p2p=True,
+            first_host=first_host,
+            on_host=network.environment,
+            MASTER_ADDR=network.address(first_host),
+            **environment,
+        )
+        made.append((fleet, engines))
+        return fleet
+
+    yield start
+    for fleet, engines in made:
+        fleet.end()
+        engines.end()

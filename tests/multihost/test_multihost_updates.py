@@ -1,0 +1,156 @@
+"""Broadcasts, subsets and joins between hosts, over real sockets: gloo, mooncake's TCP, leases."""
+
+from __future__ import annotations
+
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from tests.multihost.network import Network
+from tests.support.checkpoints import digests_of
+from tests.support.joins import (
+    Launch,
+    everybody,
+    failed,
+    go_on,
+    hold_up,
+    in_place,
+    load,
+    owners_with,
+    register,
+)
+from tests.support.steered import Fleet
+
+SEED = 20271127
+REPORT_SECONDS = 60.0
+"""For a lost link: the deadlines of these tests, of the transport, and of a lease, one after the other."""
+NBYTES = 24 * 4 * (512 + 64 * 997)
+
+
+def update(fleet: Fleet, ranks: list[int], seed: int) -> dict[int, dict[str, Any]]:
+    """Only `ranks` call."""
+    for rank in ranks:
+        fleet.worker(rank)
+    answers = fleet.ask("update", ranks, name="a", ranks=ranks)
+    assert {answer["message"] for answer in answers.values()} == {""}, answers
+    for rank in ranks:
+        report = fleet.worker(rank).answer()
+        assert report["status"]["outcome"] == "committed", report["status"]
+        assert report["digests"] == digests_of("layers", seed)
+    return answers
+
+
+@pytest.mark.parametrize(("size", "hosts"), [(4, 2), (4, 4)])
+def test_a_broadcast_reaches_every_host(launch: Launch, size: int, hosts: int) -> None:
+    fleet = launch(size, hosts, 0)
+    for seed in (SEED, SEED + 1):
+        register(fleet, seed)
+        answers = fleet.ask("update", everybody(fleet), name="a")
+        in_place(fleet, seed, answers)
+        assert {answer["p2p_nbytes"] for answer in answers.values()} == {0}
+        fleet.ask("unregister", everybody(fleet), name="a")
+
+
+def test_some_ranks_read_what_another_host_holds(launch: Launch) -> None:
+    """Owners on the other host do not call; each byte crosses once."""
+    fleet = launch(4, 2, 0)
+    register(fleet, SEED)
+    for ranks in ([0, 1], [3], [2, 0]):
+        answers = update(fleet, ranks, SEED)
+        assert sum(answer["p2p_nbytes"] for answer in answers.values()) == NBYTES * (4 - len(ranks)) // 4
+    in_place(fleet, SEED)
+
+
+def test_two_fleets_join_at_once(launch: Launch) -> None:
+    """Each of another size than the owners', on a host of its own, from their metas as JSON."""
+    owners, metas = owners_with(launch, 4, 2, 0, seed=SEED)
+    joiners = [launch(2, 1, 2), launch(1, 1, 3)]
+    for fleet in joiners:
+        load(fleet, metas)
+        for rank in everybody(fleet):
+            fleet.worker(rank)
+    for fleet in joiners:
+        fleet.tell("update", everybody(fleet), name="a", ranks=everybody(fleet))
+    for fleet in joiners:
+        answers = in_place(fleet, SEED, fleet.answers(everybody(fleet)))
+        assert sum(answer["p2p_nbytes"] for answer in answers.values()) == NBYTES
+        assert {answer["transport"] for answer in answers.values() if answer["p2p_nbytes"]} == {"tcp"}
+    in_place(owners, SEED)
+
+
+def test_a_slow_link_only_takes_longer(launch: Launch, network: Network) -> None:
+    network.slow_down(1, "100mbit")
+    try:
+        owners, metas = owners_with(launch, 2, 2, 0, seed=SEED)
+        in_place(owners, SEED)
+        joiners = launch(1, 1, 2)
+        load(joiners, metas)
+        in_place(joiners, SEED)
+    finally:
+        network.slow_down(1, "100gbit")
+
+
+def test_a_cut_link_is_reported_and_all_works_once_it_is_mended(launch: Launch, network: Network) -> None:
+    owners, metas = owners_with(launch, 1, 1, 0, seed=SEED)
+    joiners = launch(2, 1, 2)
+    load(joiners, metas)
+    hold_up(joiners, 1)
+    network.cut(0)
+    try:
+        go_on(joiners, 1)
+        record = failed(joiners, REPORT_SECONDS)
+        assert record["error_type"] == "P2PError", record
+        assert "rank 0 on host host0" in record["message"]
+    finally:
+        network.mend(0)
+    in_place(joiners, SEED)
+    in_place(owners, SEED)
+
+
+def test_an_owner_on_another_host_is_killed(launch: Launch) -> None:
+    owners, metas = owners_with(launch, 2, 2, 0, seed=SEED)
+    joiners = launch(1, 1, 2)
+    load(joiners, metas)
+    hold_up(joiners, 0)
+    owners.ranks[1].signal(signal.SIGKILL)
+    owners.ranks[1].wait()
+    go_on(joiners, 0)
+    record = failed(joiners, REPORT_SECONDS)
+    assert (record["error_type"], record["stage"]) == ("P2PError", "buckets"), record
+    assert "rank 1 on host host1" in record["message"]
+    assert record["tensors"]
+
+
+def test_a_receiver_on_another_host_is_killed(launch: Launch) -> None:
+    owners, metas = owners_with(launch, 1, 1, 0, seed=SEED, CKPT_ENGINE_LEASE_TIMEOUT="60")
+    joiners = launch(2, 2, 2)
+    load(joiners, metas)
+    hold_up(joiners, 1)
+    joiners.ranks[0].signal(signal.SIGKILL)
+    joiners.ranks[0].wait()
+    go_on(joiners, 1)
+    answer = joiners.ranks[1].answer(REPORT_SECONDS)
+    assert answer["record"]["error_type"] == "PeerLost", answer
+    # Nobody reads any more: its memory is freed at once.
+    owners.tell("unregister", [0], name="a")
+    assert owners.ranks[0].answer(REPORT_SECONDS)["message"] == ""
+
+
+@pytest.mark.parametrize("what", ["stale", "wrong address"])
+def test_metas_that_are_not_true_any_more_touch_nothing(launch: Launch, what: str) -> None:
+    _, metas = owners_with(launch, 1, 1, 0, seed=SEED)
+    document = json.loads(metas)
+    if what == "stale":
+        document["0"]["session"] = "that of a process before it"
+    else:
+        document["0"]["lease_address"] = "10.77.0.200:1"
+    joiners = launch(1, 1, 2)
+    load(joiners, json.dumps(document))
+    answer = joiners.ask("update", [0], name="a", ranks=[0])[0]
+    assert answer["record"]["error_type"] == "P2PError", answer
+    assert "rank 0" in answer["message"]
+    assert answer["touched"] is False
+    load(joiners, metas)
+    in_place(joiners, SEED)

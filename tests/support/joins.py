@@ -1,0 +1,93 @@
+"""What fleets do that others join: they hold a checkpoint, give their metas, read, and verify every bit."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ckpt_engine.deadline import Deadline
+from tests.support.checkpoints import digests_of
+from tests.support.steered import Answer, Fleet
+
+HELD_UP = {"act": "stop", "at": "bucket", "bucket": 2}
+STOP_SECONDS = 30.0
+
+Launch = Callable[..., Fleet]
+"""(ranks, ...) -> a fleet that can be read by P2P, with workers of its own."""
+
+
+def everybody(fleet: Fleet) -> list[int]:
+    return list(range(fleet.size))
+
+
+def owners_with(launch: Launch, *place: int, seed: int, **environment: str) -> tuple[Fleet, str]:
+    """A fleet that holds the checkpoint, and its metas."""
+    fleet = launch(*place, **environment)
+    register(fleet, seed)
+    return fleet, metas_of(fleet)
+
+
+def register(fleet: Fleet, seed: int) -> None:
+    for do, arguments in (
+        ("register", {"kind": "layers", "seed": seed, "parts": lambda rank: [rank], "of": fleet.size}),
+        ("gather", {}),
+    ):
+        answers = fleet.ask(do, everybody(fleet), name="a", **arguments)
+        assert {answer["message"] for answer in answers.values()} == {""}, answers
+
+
+def metas_of(fleet: Fleet) -> str:
+    return str(fleet.ask("metas", [0])[0]["metas"])
+
+
+def load(fleet: Fleet, *metas: str) -> None:
+    answers = fleet.ask("load_metas", everybody(fleet), texts=list(metas))
+    assert {answer["message"] for answer in answers.values()} == {""}, answers
+
+
+def hold_up(fleet: Fleet, rank: int) -> None:
+    """Starts an update whose worker of `rank` stops in a bucket."""
+    for one in everybody(fleet):
+        fleet.worker(one).news.clear()
+    fleet.tell(
+        "update",
+        everybody(fleet),
+        name="a",
+        ranks=everybody(fleet),
+        worker_fault=lambda one: HELD_UP if one == rank else None,
+    )
+    fleet.worker(rank).happened("fault")
+    stat = Path(f"/proc/{fleet.worker(rank).pid}/stat")
+    deadline = Deadline.after(STOP_SECONDS)
+    while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
+        assert not deadline.passed, "the worker does not stop"
+
+
+def go_on(fleet: Fleet, rank: int) -> None:
+    fleet.worker(rank).signal(signal.SIGCONT)
+
+
+def in_place(fleet: Fleet, seed: int, answers: dict[int, Answer] | None = None) -> dict[int, Answer]:
+    """An update, this one or a new one, succeeds, and every bit is right."""
+    for rank in everybody(fleet):
+        fleet.worker(rank)
+    if answers is None:
+        answers = fleet.ask("update", everybody(fleet), name="a", ranks=everybody(fleet))
+    assert {answer["message"] for answer in answers.values()} == {""}, answers
+    for rank in everybody(fleet):
+        report = fleet.worker(rank).answer()
+        assert report["status"]["outcome"] == "committed", report["status"]
+        assert report["digests"] == digests_of("layers", seed)
+    return answers
+
+
+def failed(fleet: Fleet, seconds: float) -> dict[str, Any]:
+    """The record, the same on every rank; the workers have left."""
+    answers = fleet.answers(everybody(fleet), seconds)
+    records = [answer["record"] for answer in answers.values()]
+    assert records == [records[0]] * len(records)
+    for rank in everybody(fleet):
+        assert fleet.worker(rank).answer()["status"]["outcome"] == "failed"
+    return dict(records[0])
