@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import pytest
 
 from tests.engines.sglang.parameter_servers import RANK_SECONDS
 from tests.engines.sglang.servers import Checkpoints, Server, end_group
+from tests.integration.conftest import free_port
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -21,9 +21,7 @@ def launch(
     servers: tuple[Server, Server], model: object, *arguments: str
 ) -> list[subprocess.CompletedProcess[str]]:
     """The command on each of two hosts, each with one rank for its own server."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with ExitStack() as ending:
         made = []
         for node, server in enumerate(servers):
@@ -33,7 +31,7 @@ def launch(
                     *("--checkpoint-path", str(model), "--checkpoint-name", "everywhere"),
                     *(part for each in servers for part in ("--endpoint", each.url)),
                     *("--nnodes", "2", "--node-rank", str(node), "--inference-parallel-size", "1"),
-                    *("--master-addr", "127.0.0.1", "--master-port", str(port - 1), *arguments),
+                    *("--master-addr", "127.0.0.1", "--master-port", str(port), *arguments),
                 ],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
