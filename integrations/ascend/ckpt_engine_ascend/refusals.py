@@ -23,6 +23,12 @@ _NZ_REMEDY = (
 def refuse_unsupported(model: torch.nn.Module, vllm_config: Any) -> None:  # noqa: ANN401 - vLLM's VllmConfig
     """Raises ConfigError, with a remedy, for what this version cannot update right."""
     quantization = vllm_config.model_config.quantization
+    config = ascend_config()
+    if getattr(getattr(config, "eplb_config", None), "dynamic_eplb", False):
+        raise ConfigError(
+            "vllm-ascend's expert load balancer moves experts between ranks, so their places are not the "
+            "checkpoint's: start the engine without dynamic_eplb"
+        )
     mode = nz_mode()
     if mode == 2 or (mode and quantization is not None):
         raise ConfigError(
@@ -49,12 +55,17 @@ def refuse_unsupported(model: torch.nn.Module, vllm_config: Any) -> None:  # noq
 
 def nz_mode() -> int:
     """vllm-ascend's weight_nz_mode: 0 off, 1 quantised weights, 2 all."""
-    try:
-        config = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
-    except (ImportError, RuntimeError):  # not this version's way, or not set up yet
-        config = None
-    mode = getattr(config, "weight_nz_mode", None)
+    mode = getattr(ascend_config(), "weight_nz_mode", None)
     return int(os.environ.get("VLLM_ASCEND_ENABLE_NZ", "1") if mode is None else mode)
+
+
+def ascend_config() -> object:
+    """vllm-ascend's own configuration; None where this version has none, or has not set it up."""
+    try:
+        found: object = importlib.import_module("vllm_ascend.ascend_config").get_ascend_config()
+    except (ImportError, RuntimeError):
+        return None
+    return found
 
 
 def _is_blocked(parameter: torch.Tensor) -> bool:

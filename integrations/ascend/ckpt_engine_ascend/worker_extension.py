@@ -3,57 +3,84 @@
 No exception leaves these methods: with several workers, vLLM's executor would raise the first worker's and
 leave the other replies queued, so that every later call gets the answers of the call before.
 
-`update_worker` is all of it, for extensions that serve other devices too: on an NPU they call it.
+An update is that of vLLM's other devices (`ckpt_engine_vllm.worker_update`), with its checks before a byte
+moves; what an NPU has of its own is in this package. `ckpt_engine_vllm`'s extension comes here on an NPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, cast
 
 import torch
-import zmq
-from ckpt_engine_vllm.layerwise import abandon_all
+from ckpt_engine_vllm.parts import Part
+from ckpt_engine_vllm.rehearsal import rehearse
+from ckpt_engine_vllm.reload import Reload
+from ckpt_engine_vllm.worker_update import WorkerUpdate, refused
 
-from ckpt_engine.errors import ConfigError
+from ckpt_engine.devices.npu import load as load_npu
+from ckpt_engine.errors import ConfigError, ErrorRecord
 from ckpt_engine.ipc.messages import TensorLayout
-from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
+from ckpt_engine.loading.recording import Recording
+from ckpt_engine.loading.rehearsal import buckets_of
+from ckpt_engine.loading.rehearsal import rehearse as rehearse_in_place
+from ckpt_engine_ascend import reload
 from ckpt_engine_ascend.identity import device_uuid
 from ckpt_engine_ascend.refusals import refuse_unsupported
-from ckpt_engine_ascend.reload import Reload, models_of
-
-_STATE = "_ckpt_engine_npu_state"
 
 Handles = Mapping[str, str] | Sequence[Sequence[str]]
 """`{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks."""
 
 
 class NpuColocateWorkerExtension:
-    """Mixed into NPUWorker. Its names must not be those of any worker's."""
+    """Mixed into NPUWorker. Its names must not be those of any worker's, its signatures those of
+    `ckpt_engine_vllm.VllmColocateWorkerExtension`."""
 
-    def update_weights_from_ipc(self, zmq_handles: Handles) -> dict[str, Any]:
-        """Receives one update; the worker's status (`ipc.receiver.serve_update`), with its `rank`."""
-        return update_worker(self, zmq_handles)
+    def update_weights_from_ipc(
+        self,
+        zmq_handles: Handles = (),
+        partial: bool = False,
+        ignored: Sequence[str] = (),
+        *unexpected: object,
+        **unknown: object,
+    ) -> dict[str, Any]:
+        """Receives one update; arguments and status are those of the extension for vLLM's other devices."""
+        if unexpected or unknown:
+            error = ConfigError(f"update_weights_from_ipc takes no arguments {[*unexpected, *unknown]}")
+            return _refused(self, zmq_handles, error)
+        return update_worker(self, zmq_handles, partial=partial, ignored=ignored)
 
-    def ckpt_engine_status(self) -> dict[str, Any]:
-        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new) and `version`."""
+    def ckpt_engine_status(self, *_: object, **__: object) -> dict[str, Any]:
+        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, and
+        `last`: the status of the last update."""
         return worker_status(self)
 
 
 def worker_status(worker: Any) -> dict[str, Any]:  # noqa: ANN401 - vllm-ascend's NPUWorker
     """What the worker holds, as the last update left it; never raises."""
-    weights, version = getattr(worker, _STATE, ("initial", None))
-    return {"rank": getattr(worker, "rank", None), "weights": weights, "version": version}
+    try:
+        return WorkerUpdate.status_of(worker)
+    except Exception as error:  # noqa: BLE001 - see the module's docstring
+        return {"weights": "unknown", "error": ErrorRecord.from_exception(error).describe()}
 
 
-def update_worker(worker: Any, zmq_handles: Handles) -> dict[str, Any]:  # noqa: ANN401
+def update_worker(
+    worker: Any,  # noqa: ANN401
+    zmq_handles: Handles,
+    *,
+    partial: bool = False,
+    ignored: Sequence[str] = (),
+) -> dict[str, Any]:
     """Receives one update into the models of an NPUWorker; never raises."""
     try:
-        with zmq.Context() as context:
-            status = _Update(worker).serve(context, zmq_handles)
+        return NpuWorkerUpdate(worker, partial=partial, ignored=tuple(ignored)).serve(zmq_handles)
     except Exception as error:  # noqa: BLE001 - see the module's docstring
-        status = failed_status(error, "", None)
-    return status | {"rank": getattr(worker, "rank", None)}
+        return _refused(worker, zmq_handles, error)
+
+
+def _refused(worker: Any, zmq_handles: Handles, error: Exception) -> dict[str, Any]:  # noqa: ANN401
+    return refused(zmq_handles, error) | {"rank": getattr(worker, "rank", None)}
 
 
 def device_index(worker: Any) -> int:  # noqa: ANN401
@@ -75,57 +102,26 @@ def device_index(worker: Any) -> int:  # noqa: ANN401
     return int(index)
 
 
-class _Update:
-    def __init__(self, worker: Any) -> None:  # noqa: ANN401
-        self._worker = worker
-        self._reloads: list[Reload] = []
-        self._begun = False
+class NpuWorkerUpdate(WorkerUpdate):
+    """One update in one NPUWorker."""
 
-    def serve(self, context: zmq.Context[Any], zmq_handles: Handles) -> dict[str, Any]:
-        worker = self._worker
-        try:
-            from vllm.config import set_current_vllm_config
+    def _device(self) -> tuple[str, int | None]:
+        index = device_index(self._worker)
+        return device_uuid(index), index
 
-            index = device_index(worker)
-            uuid = device_uuid(index)
-        except Exception as error:  # noqa: BLE001 - the parameter servers must hear of it
-            return refuse_update(context, zmq_handles, error, "unknown")
-        with set_current_vllm_config(worker.vllm_config):
-            status = serve_update(
-                context,
-                zmq_handles,
-                uuid,
-                index,
-                prepare=self._prepare,
-                run=self._run,
-                post_hook=self._finish,
-            )
-            self._remember(status)
-        return status
+    def _on_device(self, index: int) -> AbstractContextManager[object]:
+        return cast(AbstractContextManager[object], load_npu().device(index))
 
-    def _prepare(self, tensors: Sequence[TensorLayout]) -> None:
-        """Everything that can be known to fail, while nothing is touched."""
-        models = models_of(self._worker)
-        for model, _ in models:
-            refuse_unsupported(model, self._worker.vllm_config)
+    def _refuse(self, parts: Sequence[Part]) -> None:
+        for part in parts:
+            refuse_unsupported(part.model, self._worker.vllm_config)
+
+    def _rehearse(self, part: Part, tensors: Sequence[TensorLayout]) -> Recording:
+        if reload.has_layerwise_reload():
+            return rehearse(part.model, part.layouts(tensors))
+        return rehearse_in_place(part.model, buckets_of(part.layouts(tensors)))
+
+    def _reload(self, part: Part, recording: Recording) -> Reload:
+        kind = reload.LayerwiseReload if reload.has_layerwise_reload() else reload.PlainReload
         device = torch.device("npu", device_index(self._worker))
-        self._reloads = [Reload(model, config, device) for model, config in models]
-
-    def _run(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
-        if not self._begun:
-            self._begun = True
-            setattr(self._worker, _STATE, ("incomplete", None))
-            for reload in self._reloads:
-                reload.begin()
-        for reload in self._reloads:
-            reload.load(tensors)
-
-    def _finish(self) -> None:
-        for reload in self._reloads:
-            reload.finish()
-
-    def _remember(self, status: dict[str, Any]) -> None:
-        if status["outcome"] == "committed":
-            setattr(self._worker, _STATE, ("committed", status["version"]))
-            return
-        abandon_all(self._reloads, status)
+        return kind(part.model, part.config, recording, device, partial=self._partial)

@@ -31,10 +31,10 @@ def refuse_unknown_packing(model: torch.nn.Module) -> None:
 
 def pack_experts(model: torch.nn.Module, loaded: set[str]) -> None:
     """Packs the experts of the modules named in `loaded`, in place, as vLLM does when it starts."""
-    from vllm._custom_ops import cpu_prepack_moe_weight
-
     for name, layer, experts in _packed(model):
         if name in loaded:
+            from vllm._custom_ops import cpu_prepack_moe_weight  # not in all builds
+
             for weight in (layer.w13_weight, layer.w2_weight):
                 weight.data.copy_(cpu_prepack_moe_weight(weight.data, experts.isa))
 

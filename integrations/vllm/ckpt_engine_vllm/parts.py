@@ -55,7 +55,7 @@ def parts_of(worker: Any) -> list[Part]:  # noqa: ANN401 - vLLM's Worker
     if drafter is None:
         return [Part(name="model", model=main, config=config.model_config)]
     speculative = config.speculative_config
-    apart = speculative.method != "mtp"
+    apart = not speculative.method.endswith("mtp")  # up to vLLM 0.11 it had the model's name before it
     prefix = DRAFTER_PREFIX if apart else ""
     return [
         Part(name="model", model=main, config=config.model_config, foreign=prefix or None),
@@ -72,4 +72,7 @@ def _drafter_of(worker: Any) -> torch.nn.Module | None:  # noqa: ANN401
     else:
         speculator = getattr(runner, "drafter", None) or getattr(runner, "speculator", None)
         found = getattr(speculator, "model", None)
+    unwrap = getattr(found, "unwrap", None)  # what replays graphs may stand in its place
+    if unwrap is not None and not isinstance(found, torch.nn.Module):
+        found = unwrap()
     return found if isinstance(found, torch.nn.Module) else None

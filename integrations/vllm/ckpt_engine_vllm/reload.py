@@ -76,6 +76,9 @@ class Reload:
             self._active = False
             moe.pack_experts(self.model, self._modules)
             _process_tied(self.model, self._modules)
+        self._check_places()
+
+    def _check_places(self) -> None:
         after = _addresses(self.model)
         moved = [name for name, address in self._addresses.items() if after.get(name) != address]
         if moved or after.keys() != self._addresses.keys():

@@ -40,13 +40,15 @@ class VllmColocateWorkerExtension:
 
         Returns:
             This worker's status (`ipc.receiver.serve_update`), with its `rank`, and with `kept_bytes`: what
-            it had to copy because a layer was not complete with its bucket (not on NPUs).
+            it had to copy because a layer was not complete with its bucket.
         """
         try:
             if unexpected or unknown:
                 raise ConfigError(f"update_weights_from_ipc takes no arguments {[*unexpected, *unknown]}")
             if on_npu(self):
-                return _update_on_npu(self, zmq_handles, partial=partial, ignored=tuple(ignored))
+                from ckpt_engine_ascend.worker_extension import update_worker
+
+                return update_worker(self, zmq_handles, partial=partial, ignored=ignored)
             return WorkerUpdate(self, partial=partial, ignored=tuple(ignored)).serve(zmq_handles)
         except Exception as error:  # noqa: BLE001 - see the module's docstring
             return refused(zmq_handles, error) | {"rank": getattr(self, "rank", None)}
@@ -62,15 +64,3 @@ class VllmColocateWorkerExtension:
             return WorkerUpdate.status_of(self)
         except Exception as error:  # noqa: BLE001 - see the module's docstring
             return {"weights": "unknown", "error": ErrorRecord.from_exception(error).describe()}
-
-
-def _update_on_npu(
-    worker: object, zmq_handles: Handles, *, partial: bool, ignored: tuple[str, ...]
-) -> dict[str, Any]:
-    from ckpt_engine_ascend.worker_extension import update_worker
-
-    if partial or ignored:
-        raise ConfigError(
-            "`partial` and `ignored` are not for NPUs in this version: send the whole checkpoint"
-        )
-    return update_worker(worker, zmq_handles)

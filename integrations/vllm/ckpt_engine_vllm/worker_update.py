@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -91,14 +91,14 @@ class WorkerUpdate:
         try:
             from vllm.config import set_current_vllm_config
 
-            device_uuid, device_id = device_of(self._worker)
+            device_uuid, device_id = self._device()
         except Exception as error:  # noqa: BLE001 - the parameter servers must hear of it
             return refuse_update(context, zmq_handles, error)
         with ExitStack() as stack:
             stack.enter_context(set_current_vllm_config(self._worker.vllm_config))
             if device_id is not None:
                 # An executor in the engine's own process may call us in another thread than its own.
-                stack.enter_context(torch.cuda.device(device_id))
+                stack.enter_context(self._on_device(device_id))
             status = serve_update(
                 context,
                 zmq_handles,
@@ -111,10 +111,29 @@ class WorkerUpdate:
             self._remember(status)
         return status
 
+    # What is another device's, an adapter for it says.
+
+    def _device(self) -> tuple[str, int | None]:
+        return device_of(self._worker)
+
+    def _on_device(self, index: int) -> AbstractContextManager[object]:
+        return torch.cuda.device(index)
+
+    def _refuse(self, parts: Sequence[Part]) -> None:
+        """Raises ConfigError for engines that cannot be updated in place."""
+        refuse_old_vllm()
+
+    def _rehearse(self, part: Part, tensors: Sequence[TensorLayout]) -> Recording:
+        return rehearse(part.model, part.layouts(tensors))
+
+    def _reload(self, part: Part, recording: Recording) -> Reload:
+        return Reload(part.model, part.config, recording, partial=self._partial)
+
     def _prepare(self, tensors: Sequence[TensorLayout]) -> None:
         """Everything that can be known to fail, while nothing is touched."""
         config = self._worker.vllm_config
-        refuse_old_vllm()
+        parts = parts_of(self._worker)
+        self._refuse(parts)
         refuse_unsupported(config)
         if self._partial and self._state.weights == "incomplete":
             raise ConfigError("the weights are incomplete since an update failed: send a full update first")
@@ -130,20 +149,16 @@ class WorkerUpdate:
             passed_over=quantisation.PASSED_OVER if "gptq" in (model_config.quantization or "") else None,
         )
         tensors = [tensor for tensor in tensors if not rules.ignores(tensor.name)]
-        parts = parts_of(self._worker)
         for part in parts:
             moe.refuse_unknown_packing(part.model)
             quantisation.refuse_unproven(part.model, part.config.quantization)
         key = (rules, tuple(tensors))
         if self._state.rehearsed is None or self._state.rehearsed[0] != key:
-            self._state.rehearsed = (key, _rehearse_all(parts, tensors, rules))
+            self._state.rehearsed = (key, _rehearse_all(parts, tensors, rules, self._rehearse))
         recordings = self._state.rehearsed[1]
         for part in parts:
             quantisation.refuse_baked_scales(part.model, config, recordings[part.name].modules)
-        self._parts = [
-            (part, Reload(part.model, part.config, recordings[part.name], partial=self._partial))
-            for part in parts
-        ]
+        self._parts = [(part, self._reload(part, recordings[part.name])) for part in parts]
 
     def _run(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         if not self._begun:
@@ -172,12 +187,15 @@ class WorkerUpdate:
 
 
 def _rehearse_all(
-    parts: Sequence[Part], tensors: Sequence[TensorLayout], rules: Rules
+    parts: Sequence[Part],
+    tensors: Sequence[TensorLayout],
+    rules: Rules,
+    rehearse_one: Callable[[Part, Sequence[TensorLayout]], Recording],
 ) -> dict[str, Recording]:
     """What each model would do. Raises WeightsMismatch unless together they take all, and get all."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    recordings = {part.name: rehearse(part.model, part.layouts(tensors)) for part in parts}
+    recordings = {part.name: rehearse_one(part, tensors) for part in parts}
     taken = {name: recording.taken for name, recording in recordings.items()}
     read = {
         tensor.name for part in parts for tensor in tensors if part.own_name(tensor.name) in taken[part.name]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -13,16 +14,23 @@ import torch
 import torch_npu
 from ckpt_engine_ascend import NpuColocateWorkerExtension, refusals, reload
 from ckpt_engine_ascend.refusals import refuse_unsupported
-from ckpt_engine_ascend.reload import Reload, models_of
-from ckpt_engine_ascend.worker_extension import device_index, update_worker
+from ckpt_engine_ascend.reload import LayerwiseReload, PlainReload
+from ckpt_engine_ascend.worker_extension import NpuWorkerUpdate, device_index, update_worker
 from ckpt_engine_vllm import VllmColocateWorkerExtension
 from ckpt_engine_vllm.device_identity import on_npu
+from ckpt_engine_vllm.rehearsal import rehearse
 from vllm.config import set_current_vllm_config
+from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
 from ckpt_engine.devices.npu import load as load_npu
 from ckpt_engine.errors import ConfigError
+from ckpt_engine.ipc.messages import TensorLayout
+from ckpt_engine.loading.recording import Recording
+from ckpt_engine.loading.rehearsal import WeightsMismatch
 from tests.engines.ascend.npu_checkpoint_for_tests import checkpoint
-from tests.engines.ascend.npu_model_for_tests import TinyModel
+from tests.engines.ascend.npu_model_for_tests import Layer, TinyModel
+from tests.engines.ascend.npu_worker_for_tests import WorkerBase
+from tests.engines.ascend.npu_worker_for_tests import vllm_config as config
 
 NPU = load_npu()
 DEVICE = torch.device("npu", 0)
@@ -36,11 +44,6 @@ NAMES_OF_WORKERS = """
     reset_mm_cache shutdown sleep start_draft_weight_update start_weight_update take_draft_token_ids
     update_config update_weights vllm_config vocab_size wake_up weight_transfer_engine
 """
-
-
-def config(quantization: str | None = None, speculative: object = None) -> SimpleNamespace:
-    model_config = SimpleNamespace(quantization=quantization)
-    return SimpleNamespace(model_config=model_config, speculative_config=speculative)
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +92,22 @@ def test_the_extension_for_all_devices_knows_an_npu() -> None:
         assert on_npu(SimpleNamespace(device=device)) is expected
 
 
-def test_what_an_npu_cannot_do_is_refused_in_a_status() -> None:
-    worker = VllmColocateWorkerExtension()
-    for options in ({"partial": True}, {"ignored": ["x.*"]}):
-        status = worker.update_weights_from_ipc([], **options)  # type: ignore[arg-type]
-        assert "not for NPUs" in status["error"]
-        assert status["outcome"] == "failed"
-    assert worker.ckpt_engine_status() == {"rank": None, "weights": "initial", "version": None}
+def test_both_extensions_have_the_same_methods() -> None:
+    """An engine may be started with either, and callers need not know."""
+    for name in ("update_weights_from_ipc", "ckpt_engine_status"):
+        ours, theirs = (
+            inspect.signature(getattr(kind, name))
+            for kind in (NpuColocateWorkerExtension, VllmColocateWorkerExtension)
+        )
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("kind", [NpuColocateWorkerExtension, VllmColocateWorkerExtension])
+def test_arguments_that_are_none_are_refused_in_a_status(kind: type) -> None:
+    status = kind().update_weights_from_ipc([], False, (), "more", other=1)
+    assert status["outcome"] == "failed"
+    assert "takes no arguments ['more', 'other']" in status["error"]
+    assert kind().ckpt_engine_status()["weights"] == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_what_an_npu_cannot_do_is_refused_in_a_status() -> None:
         ("1", None, False),
         ("1", "ascend", True),
         ("2", None, True),
-        ("0", "ascend", False),
+        ("0", "ascend", False),  # refused as unproven, further on
     ],
 )
 def test_the_nz_format_is_refused_with_the_remedy(
@@ -153,35 +165,177 @@ def test_without_layerwise_reload_experts_and_quantised_weights_are_refused(plai
         refuse_unsupported(model, config())
 
 
-def drafting(name: str, method: str) -> SimpleNamespace:
-    model, draft = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    speculative = SimpleNamespace(method=method, draft_model_config="draft config")
-    runner = SimpleNamespace(model=model, **{name: SimpleNamespace(model=draft)})
-    return SimpleNamespace(model_runner=runner, vllm_config=config(speculative=speculative))
+def layouts(tensors: dict[str, torch.Tensor]) -> list[TensorLayout]:
+    """One bucket, in this order."""
+    found, offset = [], 0
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found.append(TensorLayout(name, dtype, tuple(tensor.shape), offset, tensor.nbytes))
+        offset += tensor.nbytes
+    return found
 
 
+def prepare(
+    tensors: dict[str, torch.Tensor],
+    worker: WorkerBase | None = None,
+    *,
+    partial: bool = False,
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """What an update asks before it touches anything."""
+    worker = worker or WorkerBase(0)
+    before = worker.model.places()
+    try:
+        with set_current_vllm_config(worker.vllm_config):
+            NpuWorkerUpdate(worker, partial=partial, ignored=ignored)._prepare(layouts(tensors))
+    finally:
+        assert worker.model.places() == before
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_an_updates_tensors_are_those_of_the_model(layerwise: bool, request: pytest.FixtureRequest) -> None:
+    """Judged as on vLLM's other devices, while nothing is touched; also where experts lie transposed."""
+    worker = WorkerBase(0)
+    if not layerwise:
+        request.getfixturevalue("plain")
+        # The stand-in's tensors cannot be without storage, as those of any device can.
+        worker.model = TinyModel(torch.device("cpu"), experts=False)
+    whole = checkpoint(1)
+    prepare(whole, worker)
+    lacking = {name: tensor for name, tensor in whole.items() if name != "layers.2.k"}
+    with pytest.raises(WeightsMismatch, match=r"does not fill qkv.2.weight \(only .*layers.2.q, layers.2.v"):
+        prepare(lacking, worker)
+    with pytest.raises(WeightsMismatch, match="has no place for lm_tail"):
+        prepare(whole | {"lm_tail": torch.zeros(3)}, worker)
+    prepare(whole | {"lm_tail": torch.zeros(3)}, worker, ignored=("lm_*",))
+    for shape in ((100, 128), (2000, 128)):
+        with pytest.raises(WeightsMismatch, match="embed"):
+            prepare(whole | {"embed": torch.zeros(shape, dtype=torch.bfloat16)}, worker)
+    some = {name: tensor for name, tensor in whole.items() if ".1." in name}
+    prepare(some, worker, partial=True)
+    with pytest.raises(WeightsMismatch, match="does not fill"):
+        prepare(some, worker)
+
+
+def test_aliases_of_experts_do_not_hide_that_these_are_not_filled() -> None:
+    """vllm-ascend gives some models a second name for their experts until these are first processed. A
+    reload would fill the second name only, and leave the old experts, with a warning at most."""
+    worker = WorkerBase(0)
+    model = worker.model
+    layer = model.w13[0]
+    alias = torch.nn.Parameter(torch.zeros(layer.weight.mT.shape, device=DEVICE), requires_grad=False)
+    alias.weight_loader = layer.weight.__dict__.get("weight_loader")  # type: ignore[attr-defined]
+    load_weights = model.load_weights
+
+    def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "layers.0.w13":
+                model.alias.copy_(tensor)
+            else:
+                load_weights([(name, tensor)])
+
+    model.register_parameter("alias", alias)
+    model.load_weights = load  # type: ignore[method-assign]
+    with pytest.raises(WeightsMismatch, match=r"does not fill w13\.0\.weight"):
+        prepare(checkpoint(1), worker)
+
+
+def test_quantised_weights_are_refused_as_long_as_no_reload_was_shown_right() -> None:
+    worker = WorkerBase(0)
+    worker.vllm_config = config("ascend")
+    with pytest.raises(
+        ConfigError, match=r"updating ascend weights of vLLM's TransposeExperts .* not in this"
+    ):
+        prepare(checkpoint(1), worker)
+
+
+def test_experts_that_move_between_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for dynamic in (False, True):
+        module = ModuleType("vllm_ascend.ascend_config")
+        eplb = SimpleNamespace(dynamic_eplb=dynamic)
+        module.get_ascend_config = lambda eplb=eplb: SimpleNamespace(weight_nz_mode=0, eplb_config=eplb)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", module)
+        if not dynamic:
+            prepare(checkpoint(1))
+            continue
+        with pytest.raises(ConfigError, match="without dynamic_eplb"):
+            prepare(checkpoint(1))
+
+
+class Drafter(torch.nn.Module):
+    """One layer behind the model's own, of the same checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Layer((4, 4), torch.float32, DEVICE)
+        record_metadata_for_reloading(self)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            if name == "layers.4.head":
+                self.head.load(slice(None), tensor)
+
+
+class Wrapped:
+    """What replays a model's graphs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def unwrap(self) -> torch.nn.Module:
+        return self.model
+
+
+@pytest.mark.parametrize("method", ["mtp", "deepseek_mtp"])
 @pytest.mark.parametrize("name", ["drafter", "speculator"])
-def test_a_drafter_of_the_same_checkpoint_is_updated_too(name: str) -> None:
-    worker = drafting(name, "deepseek_mtp")
-    models = models_of(worker)
-    assert [model for model, _ in models] == [
-        worker.model_runner.model,
-        getattr(worker.model_runner, name).model,
-    ]
-    assert models[1][1] == "draft config"
+@pytest.mark.parametrize("wrap", [lambda model: model, Wrapped])
+def test_a_drafter_of_the_same_checkpoint_is_updated_too(
+    name: str, method: str, wrap: Callable[[torch.nn.Module], object]
+) -> None:
+    """`speculator` is the V2 runner's name for it."""
+    worker, drafter = WorkerBase(0), Drafter()
+    setattr(worker.model_runner, name, SimpleNamespace(model=wrap(drafter)))
+    draft_config = SimpleNamespace(quantization=None)
+    worker.vllm_config = config(speculative=SimpleNamespace(method=method, draft_model_config=draft_config))
+    wanted = checkpoint(5)
+    with_head = wanted | {"layers.4.head": torch.arange(16.0).view(4, 4)}
+    load_weights = worker.model.load_weights
+
+    def load(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load_weights((name, tensor) for name, tensor in weights if not name.startswith("layers.4."))
+
+    worker.model.load_weights = load  # type: ignore[method-assign]
+    update = NpuWorkerUpdate(worker, partial=False, ignored=())
+    with set_current_vllm_config(worker.vllm_config):
+        update._prepare(layouts(with_head))
+        assert [part.config for part, _ in update._parts] == [worker.vllm_config.model_config, draft_config]
+        update._run(to_device(with_head))
+        # vLLM finishes each model with its own config.
+        worker.vllm_config.model_config, main = draft_config, worker.vllm_config.model_config
+        drafting = update._parts.pop()[1]
+        drafting.finish()
+        worker.vllm_config.model_config = main
+        update._finish()
+    assert same(worker.model, wanted)
+    assert torch.equal(drafter.head.weight.cpu(), with_head["layers.4.head"])
 
 
 def test_other_drafters_keep_their_weights() -> None:
-    assert len(models_of(drafting("drafter", "eagle3"))) == 1
-    ngram = drafting("drafter", "mtp")
-    ngram.model_runner.drafter = SimpleNamespace()
-    assert len(models_of(ngram)) == 1
-    ngram.model_runner.drafter = None
-    assert len(models_of(ngram)) == 1
+    worker = WorkerBase(0)
+    worker.vllm_config = config(
+        speculative=SimpleNamespace(method="eagle3", draft_model_config=SimpleNamespace(quantization=None))
+    )
+    for drafter in (SimpleNamespace(model=Drafter()), SimpleNamespace(), None):
+        worker.model_runner.drafter = drafter
+        prepare(checkpoint(1), worker)
 
 
 def to_device(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor.to(DEVICE)) for name, tensor in tensors.items()]
+
+
+def recorded(model: TinyModel, tensors: dict[str, torch.Tensor]) -> Recording:
+    return rehearse(model, layouts(tensors))
 
 
 def same(model: TinyModel, tensors: dict[str, torch.Tensor]) -> bool:
@@ -191,22 +345,24 @@ def same(model: TinyModel, tensors: dict[str, torch.Tensor]) -> bool:
 
 def test_a_plain_load_is_post_processed(plain: None) -> None:
     model, vllm_config, wanted = TinyModel(DEVICE, experts=False), config(), checkpoint(1)
-    processed: list[bool] = []
-    model.embed.process = lambda: processed.append(True)  # type: ignore[assignment]
-    update = Reload(model, vllm_config.model_config, DEVICE)
+    processed: list[torch.nn.Module] = []
+    method = SimpleNamespace(process_weights_after_loading=processed.append)
+    model.embed.quant_method = method  # type: ignore[assignment]
+    update = PlainReload(model, vllm_config.model_config, recorded(model, wanted), DEVICE)
     with set_current_vllm_config(vllm_config):
         update.begin()
         update.load(to_device(wanted))
         update.finish()
     assert same(model, wanted)
-    assert processed == [True]
+    assert processed == [model.embed]
+    assert update.kept_nbytes == sum(tensor.nbytes for tensor in wanted.values())
 
 
 def test_slots_may_be_overwritten_while_a_layer_is_incomplete() -> None:
     """q lies in one bucket, k and v in the next, in the same slot; the layer keeps references to them."""
     model, vllm_config, wanted = TinyModel(DEVICE), config(), checkpoint(2)
     places = model.places()
-    update = Reload(model, vllm_config.model_config, DEVICE)
+    update = LayerwiseReload(model, vllm_config.model_config, recorded(model, wanted), DEVICE)
     with set_current_vllm_config(vllm_config):
         update.begin()
         for name, tensor in sorted(wanted.items(), key=lambda item: item[0].split(".")[-1]):
@@ -224,7 +380,7 @@ def test_an_abandoned_reload_can_be_followed_by_another() -> None:
     places = model.places()
 
     def load(wanted: dict[str, torch.Tensor], names: Iterable[str], end: str) -> None:
-        update = Reload(model, vllm_config.model_config, DEVICE)
+        update = LayerwiseReload(model, vllm_config.model_config, recorded(model, wanted), DEVICE)
         with set_current_vllm_config(vllm_config):
             update.begin()
             update.load(to_device({name: wanted[name] for name in names}))

@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from vllm.model_executor.model_loader.reload.layerwise import buffer
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
 from tests.engines.ascend.npu_checkpoint_for_tests import EXPERTS, HIDDEN, LAYERS
+
+
+def load_part(parameter: torch.Tensor, loaded: torch.Tensor, place: slice) -> None:
+    """A weight loader: one part of a fused parameter, or all of it."""
+    assert parameter[place].shape == loaded.shape, f"{tuple(loaded.shape)} does not fit"
+    parameter[place].copy_(loaded)
 
 
 class Layer(torch.nn.Module):
@@ -15,27 +22,22 @@ class Layer(torch.nn.Module):
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.checkpoint_shape = shape
         self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+        self.weight.weight_loader = load_part  # type: ignore[attr-defined]
 
     def load(self, place: slice, loaded: torch.Tensor) -> None:
-        if not buffer(self, place, loaded):
-            self.copy_into(place, loaded)
-
-    def copy_into(self, place: slice, loaded: torch.Tensor) -> None:
-        assert self.weight[place].shape == loaded.shape
-        self.weight[place].copy_(loaded)
+        self.weight.weight_loader(self.weight, loaded, place)  # type: ignore[operator]
 
 
-class Experts(Layer):
-    """Post-processing transposes them, each time."""
+class TransposeExperts(QuantizeMethodBase):
+    """vllm-ascend's, for experts that are not quantised: (E, 2I, H) to (E, H, 2I), each time, in a parameter
+    of its own that has no loader."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(shape, dtype, device)
-        self.process()
-
-    def process(self) -> None:
-        self.weight = torch.nn.Parameter(self.weight.transpose(1, 2).contiguous(), requires_grad=False)
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        layer.weight = torch.nn.Parameter(
+            layer.weight.data.transpose(1, 2).contiguous(),  # type: ignore[operator]
+            requires_grad=False,
+        )
 
 
 class TinyModel(torch.nn.Module):
@@ -45,15 +47,22 @@ class TinyModel(torch.nn.Module):
         self.qkv = torch.nn.ModuleList(
             Layer((3 * HIDDEN, HIDDEN), torch.float32, device) for _ in range(LAYERS)
         )
-        kind = Experts if experts else Layer
         self.w13 = torch.nn.ModuleList(
-            kind((EXPERTS, 2 * 64, HIDDEN), torch.float32, device) for _ in range(LAYERS)
+            Layer((EXPERTS, 2 * 64, HIDDEN), torch.float32, device) for _ in range(LAYERS)
         )
+        record_metadata_for_reloading(self)
+        self.experts = experts
+        for layer in self.w13 if experts else ():
+            layer.quant_method = TransposeExperts()  # type: ignore[assignment]
+            layer.quant_method.process_weights_after_loading(layer)  # type: ignore[operator]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Passes over what it does not know, as some of vLLM's models do."""
         for name, tensor in weights:
             if name == "embed":
                 self.embed.load(slice(None), tensor)
+                continue
+            if not name.startswith("layers."):
                 continue
             _, layer, part = name.split(".")
             if part == "w13":
@@ -70,9 +79,9 @@ class TinyModel(torch.nn.Module):
             for number, part in enumerate("qkv"):
                 held[f"layers.{layer}.{part}"] = qkv[number * HIDDEN : (number + 1) * HIDDEN]
             w13 = self.w13[layer].weight.cpu()
-            held[f"layers.{layer}.w13"] = w13.transpose(1, 2) if isinstance(self.w13[layer], Experts) else w13
+            held[f"layers.{layer}.w13"] = w13.transpose(1, 2) if self.experts else w13
         return held
 
     def places(self) -> list[int]:
         """Addresses that captured graphs would hold."""
-        return [parameter.raw.data_ptr() for parameter in self.parameters()]  # type: ignore[attr-defined]
+        return [parameter.data_ptr() for parameter in self.parameters()]

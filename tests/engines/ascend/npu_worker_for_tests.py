@@ -25,6 +25,23 @@ from ckpt_engine.devices.npu import load as load_npu
 from tests.support.worker import digest
 
 
+def vllm_config(quantization: str | None = None, speculative: object = None) -> SimpleNamespace:
+    """The parts of vLLM's that an update looks at."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            quantization=quantization,
+            enforce_eager=True,
+            hf_text_config=SimpleNamespace(num_hidden_layers=4),
+        ),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=1, pipeline_parallel_size=1, enable_expert_parallel=False
+        ),
+        compilation_config=SimpleNamespace(cudagraph_mode=None),
+        lora_config=None,
+        speculative_config=speculative,
+    )
+
+
 class WorkerBase:
     """What NPUWorker has, and what an extension therefore must not bring."""
 
@@ -37,10 +54,11 @@ class WorkerBase:
         # 0.11's leaves it None.
         self.device = torch.device("npu", local_rank) if os.environ.get("TEST_WORKER_DEVICE") else None
         self.model = TinyModel(torch.device("npu", local_rank))
-        self.model_runner = SimpleNamespace(model=self.model, get_model=lambda: self.model)
-        self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(quantization=None), speculative_config=None
-        )
+        self.model_runner = SimpleNamespace(model=self.model)
+        self.vllm_config = vllm_config()
+
+    def get_model(self) -> torch.nn.Module:
+        return self.model
 
 
 class Worker(WorkerBase, NpuColocateWorkerExtension):

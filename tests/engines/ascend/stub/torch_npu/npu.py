@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
+
+import torch
 
 from torch_npu import memory
 from torch_npu.streams import Event, Stream, current_stream, stream, synchronize
@@ -51,6 +54,22 @@ def set_device(device: int) -> None:
     if not 0 <= device < device_count():
         raise RuntimeError(f"SetDevice: invalid device id {device}, error code is 107001")
     _current = device
+
+
+class device:
+    """A context, in which another device is the current one."""
+
+    def __init__(self, device: Any) -> None:
+        self.idx = torch.device(device).index if not isinstance(device, int) else device
+        self.prev_idx = -1
+
+    def __enter__(self) -> None:
+        self.prev_idx = current_device()
+        set_device(self.idx)
+
+    def __exit__(self, type: Any, value: Any, traceback: Any) -> bool:
+        set_device(self.prev_idx)
+        return False
 
 
 def mem_get_info(device: int | None = None) -> tuple[int, int]:

@@ -32,6 +32,12 @@ class NpuTensor(torch.Tensor):
         made.segment = memory.segment_of(raw)
         return made
 
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.raw.untyped_storage()
+
     def __repr__(self) -> str:
         return f"NpuTensor({tuple(self.shape)}, {self.device})"
 

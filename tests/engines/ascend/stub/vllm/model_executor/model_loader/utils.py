@@ -15,6 +15,6 @@ def process_weights_after_loading(
     assert get_current_vllm_config().model_config is model_config
     assert target_device.type == "npu"
     for module in model.modules():
-        process = getattr(module, "process", None)
-        if process is not None:
-            process()
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            method.process_weights_after_loading(module)
