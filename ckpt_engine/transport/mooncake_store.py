@@ -208,10 +208,10 @@ def describe(host_ip: str, port: int) -> dict[str, Any]:
     body = bytes([_METADATA_REQUEST]) + b"{}"
     with socket.create_connection((host_ip, port), timeout=DESCRIBE_SECONDS) as sock:
         sock.sendall(struct.pack("<Q", len(body)) + body)
-        (nbytes,) = struct.unpack("<Q", sock.recv(8, socket.MSG_WAITALL))
+        (nbytes,) = struct.unpack("<Q", _receive(sock, 8))
         if not 1 < nbytes <= 1 << 20:
             raise ValueError(f"an answer of {nbytes} bytes")
-        answer = sock.recv(nbytes, socket.MSG_WAITALL)
+        answer = _receive(sock, nbytes)
     found = json.loads(answer[1:])
     if not isinstance(found, dict):
         raise ValueError("no description")
@@ -241,3 +241,14 @@ def _stderr() -> Iterator[list[str]]:
                     sys.stderr.write(line)
     finally:
         os.close(kept)
+
+
+def _receive(sock: socket.socket, nbytes: int) -> bytes:
+    """Just so many bytes: MSG_WAITALL does not wait where the socket has a timeout."""
+    received = bytearray()
+    while len(received) < nbytes:
+        part = sock.recv(nbytes - len(received))
+        if not part:
+            raise ConnectionError(f"the answer ends after {len(received)} of {nbytes} bytes")
+        received += part
+    return bytes(received)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from ckpt_engine.deadline import Deadline
 from tests.support.checkpoints import digests_of
 from tests.support.steered import Answer, Fleet
+from tests.support.stopped import wait_until_stopped
 
 HELD_UP = {"act": "stop", "at": "bucket", "bucket": 2}
-STOP_SECONDS = 30.0
 
 Launch = Callable[..., Fleet]
 """(ranks, ...) -> a fleet that can be read by P2P, with workers of its own."""
@@ -59,10 +57,7 @@ def hold_up(fleet: Fleet, rank: int) -> None:
         worker_fault=lambda one: HELD_UP if one == rank else None,
     )
     fleet.worker(rank).happened("fault")
-    stat = Path(f"/proc/{fleet.worker(rank).pid}/stat")
-    deadline = Deadline.after(STOP_SECONDS)
-    while stat.read_text().rsplit(")", 1)[1].split()[0] != "T":
-        assert not deadline.passed, "the worker does not stop"
+    wait_until_stopped(fleet.worker(rank).pid)
 
 
 def go_on(fleet: Fleet, rank: int) -> None:

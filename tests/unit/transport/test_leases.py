@@ -22,6 +22,7 @@ from ckpt_engine.transport import lease_messages as messages
 from ckpt_engine.transport import leases
 from ckpt_engine.transport.framing import LENGTH, FrameBuffer
 from ckpt_engine.transport.leases import Lease, LeaseServer
+from tests.support.stopped import wait_until_stopped
 
 SESSION, NAME, EPOCH = "d7" * 16, "step-100", "e1"
 LIMIT = 30.0
@@ -291,6 +292,7 @@ def test_a_stopped_owner_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(2.5)  # a live one answers
         assert not waiting.done()
         child.send_signal(signal.SIGSTOP)
+        wait_until_stopped(child.pid)
         with pytest.raises(P2PError, match="does not answer: it is stopped, or cut off"):
             lease.check(Deadline.after(0.3))
         with pytest.raises(P2PError, match=r"has not been heard for 2 s: is it stopped\?"):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -383,3 +387,22 @@ def test_no_byte_comes_once_the_store_is_closed(stores: Callable[..., P2PStore])
             assert int(torch.count_nonzero(here)) == there  # it serves again, and nothing came
         finally:
             owner.kill()
+
+
+def test_a_description_that_comes_in_pieces_is_read_whole() -> None:
+    """A socket with a time limit does not wait for all of it by itself."""
+    body = b"\0" + json.dumps({"protocol": "tcp"}).encode()
+
+    def answer(listener: socket.socket) -> None:
+        peer, _ = listener.accept()
+        with peer:
+            peer.recv(1024)
+            for byte in struct.pack("<Q", len(body)) + body:
+                peer.sendall(bytes([byte]))
+                time.sleep(0.001)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peer = threading.Thread(target=answer, args=(listener,))
+        peer.start()
+        assert describe("127.0.0.1", listener.getsockname()[1]) == {"protocol": "tcp"}
+        peer.join()
