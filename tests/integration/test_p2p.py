@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from tests.support.checkpoints import digests_of
+from tests.support.joins import Launch, everybody, metas_of, register
 from tests.support.mooncake import need_mooncake
 from tests.support.steered import Engines, Fleet
 
 need_mooncake()
 
 SEED = 20271001
-Launch = Callable[[int, int], Fleet]
 
 
 @pytest.fixture
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """(ranks, hosts) -> ranks with workers of their own."""
     made: list[tuple[Fleet, Engines]] = []
 
     def start(size: int, hosts: int) -> Fleet:
@@ -34,22 +33,11 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
         engines.end()
 
 
-def everybody(fleet: Fleet) -> list[int]:
-    return list(range(fleet.size))
-
-
 def ask(fleet: Fleet, do: str, on: list[int], **arguments: Any) -> dict[int, dict[str, Any]]:  # noqa: ANN401
     """They do it, without an error."""
     answers = fleet.ask(do, on, **arguments)
     assert {answer["message"] for answer in answers.values()} == {""}, answers
     return answers
-
-
-def register(fleet: Fleet, seed: int, name: str = "a") -> None:
-    """Shares a checkpoint out over all ranks, and gathers."""
-    on = everybody(fleet)
-    ask(fleet, "register", on, name=name, kind="layers", seed=seed, parts=lambda rank: [rank], of=fleet.size)
-    ask(fleet, "gather", on, name=name)
 
 
 def update(
@@ -68,10 +56,6 @@ def update(
     return answers
 
 
-def metas(fleet: Fleet, rank: int = 0) -> str:
-    return str(ask(fleet, "metas", [rank])[rank]["metas"])
-
-
 def nbytes(fleet: Fleet) -> int:
     return 24 * 4 * (512 + 64 * 997)
 
@@ -81,7 +65,7 @@ def test_another_fleet_joins(launch: Launch, size: int, hosts: int) -> None:
     """It has other ranks, and other hosts; it registers and gathers nothing. The owners do nothing."""
     owners, joiners = launch(2, 1), launch(size, hosts)
     register(owners, SEED)
-    ask(joiners, "load_metas", everybody(joiners), texts=[metas(owners)])
+    ask(joiners, "load_metas", everybody(joiners), texts=[metas_of(owners)])
     for _ in range(2):
         answers = update(joiners, everybody(joiners), SEED)
         assert {answer["content"] for answer in answers.values()} != {""}
