@@ -136,10 +136,12 @@ class Server:
     def post(self, path: str, timeout: float = 60, **body: Any) -> httpx.Response:  # noqa: ANN401 - JSON
         return httpx.post(self.url + path, json=body, timeout=timeout)
 
-    def generate(self, prompt: Sequence[int] = PROMPT, tokens: int = 16) -> tuple[list[int], str]:
+    def generate(
+        self, prompt: Sequence[int] = PROMPT, tokens: int = 16, timeout: float = 60
+    ) -> tuple[list[int], str]:
         """A greedy continuation, and the weight version that comes with it."""
         parameters = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
-        answer = self.post("/generate", input_ids=list(prompt), sampling_params=parameters)
+        answer = self.post("/generate", timeout, input_ids=list(prompt), sampling_params=parameters)
         assert answer.status_code == 200, f"{answer.text}\n{self.tail()}"
         return answer.json()["output_ids"], answer.json()["meta_info"]["weight_version"]
 

@@ -40,5 +40,9 @@ def register() -> None:
         from sglang.srt.layers.quantization import fp8
 
         fp8._is_cpu = False
+    if os.environ.get("SGLANG_NATIVE_OPS"):
+        # In place of SGLang's kernels, which may be missing: what it computes with PyTorch elsewhere.
+        target = "sglang.srt.layers.utils.multi_platform.MultiPlatformOp.dispatch_forward"
+        HookRegistry.register(target, lambda layer: layer.forward_native, HookType.REPLACE)
     HookRegistry.register(f"{LOADER}.load_weights_only", before("load"), HookType.BEFORE)
     HookRegistry.register(f"{LOADER}.postprocess_weights", before("post_process"), HookType.BEFORE)

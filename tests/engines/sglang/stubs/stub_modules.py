@@ -47,3 +47,18 @@ def install(package: str, make: Callable[[str], object]) -> Callable[[str], obje
     """Makes `package`'s submodules importable; returns the `__getattr__` of the package itself."""
     sys.meta_path.append(_Finder(package, make))
     return names_of(package, make)
+
+
+class Missing:
+    """What stands for something that is imported, and must not be called."""
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = self.__qualname__ = name
+
+    def __call__(self, *_: object, **__: object) -> object:
+        raise NotImplementedError(f"a stub in place of {self.__name__} was called")
+
+    def __getattr__(self, name: str) -> Missing:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Missing(f"{self.__name__}.{name}")
