@@ -89,6 +89,8 @@ class Device(Protocol):
     """Its number in this process."""
     collectives: str
     """What broadcasts among ranks that have such a device each: a kind of `transport.collectives`."""
+    enqueues: bool
+    """Whether `copy` returns before the bytes are there."""
     pinner: HostMemoryPinner | None
     """Pins host arenas for fast copies; None where that means nothing."""
 

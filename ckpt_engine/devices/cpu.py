@@ -166,6 +166,7 @@ class CpuDevice:
 
     type = "cpu"
     collectives = "gloo"
+    enqueues = False
     pinner: HostMemoryPinner | None = None
 
     def __init__(self, settings: Settings, index: int) -> None:

@@ -259,6 +259,7 @@ class CudaDevice:
 
     type = "cuda"
     collectives = "nccl"
+    enqueues = True
 
     def __init__(self, settings: Settings, index: int) -> None:
         count = torch.cuda.device_count()

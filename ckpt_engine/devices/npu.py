@@ -339,6 +339,8 @@ class NpuDevice:
     """npu:`index` of this process."""
 
     type = "npu"
+    enqueues = False
+    """Host memory is not pinned here, so copies from it block."""
     pinner: HostMemoryPinner | None = None
     """Pinning host memory in place is not offered: files below /dev/shm are copied."""
 

@@ -41,6 +41,8 @@ __all__ = ["Control", "Round", "Verdict", "error_of"]
 
 ANSWER_SECONDS = 10.0
 """How long the control server may take to say how a round was decided."""
+COMPRESSED_NBYTES = 4096
+"""Of a rank's payload, from which on it is compressed."""
 EXIT_SECONDS = 10.0
 """How long rank 0, which serves the others, waits at its end for them to have read the last verdict."""
 
@@ -285,7 +287,7 @@ class Round:
             PeerLost: a member, or rank 0, is gone.
             UpdateError: a member gave the round up, or members disagree about the purpose.
         """
-        packed = zlib.compress(payload, 1)
+        packed = _pack(payload)
         self._control.send(
             messages.Enter(self.call, self.members, self.purpose, packed, without_lost, self._decides)
         )
@@ -297,7 +299,7 @@ class Round:
         if self.met is None:
             raise self._control.gone()
         return {
-            rank: zlib.decompress(blob)
+            rank: _unpack(blob)
             for rank, blob in zip(self.members, self.met.payloads, strict=True)
             if blob is not None
         }
@@ -391,3 +393,14 @@ def error_of(record: ErrorRecord, touched: bool | None = None) -> UpdateError:
 
 def _unknown(message: str) -> OutcomeUnknown:
     return OutcomeUnknown(ErrorRecord(error_type="OutcomeUnknown", message=message, stage="decide"))
+
+
+def _pack(payload: bytes) -> bytes:
+    """Compressed where that is worth its time: a large model's metas are, an introduction is not."""
+    if len(payload) < COMPRESSED_NBYTES:
+        return b"-" + payload
+    return b"z" + zlib.compress(payload, 1)
+
+
+def _unpack(blob: bytes) -> bytes:
+    return zlib.decompress(blob[1:]) if blob[:1] == b"z" else blob[1:]

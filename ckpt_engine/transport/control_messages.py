@@ -26,7 +26,7 @@ import msgspec
 from ckpt_engine.errors import ErrorRecord
 from ckpt_engine.transport.framing import Message, decode, encode
 
-CONTROL_PROTOCOL = 1
+CONTROL_PROTOCOL = 2
 MAX_FRAME_NBYTES = 1024**3
 """Largest frame: what all ranks bring to a gather of a large checkpoint on thousands of ranks."""
 MAX_JOIN_NBYTES = 1024

@@ -18,6 +18,11 @@ from ckpt_engine.update.part import Part, at_work_on
 class Mover(Protocol):
     """Moves buckets to this rank's ring; every rank calls `deliver` for every bucket, in sequence."""
 
+    def begin(self) -> None:
+        """Enqueues the first copies, while the worker is still on its way. Copies that are made at once would
+        keep its messages waiting."""
+        ...
+
     def stage_ahead(self) -> None:
         """Copies buckets of which this rank is the root ahead of their turn, as far as there is room and they
         are here. Cheap if not."""
@@ -37,6 +42,17 @@ class DirectMover:
 
     def __init__(self, part: Part) -> None:
         self._part = part
+        self._begun = 0
+
+    def begin(self) -> None:
+        if not self._part.device.enqueues:
+            return
+        for item in self._part.plan.buckets:
+            if item.waits_for >= 0 or not self._part.is_here(item):
+                return
+            with at_work_on(item):
+                self._copy(item)
+            self._begun += 1
 
     def stage_ahead(self) -> None: ...
 
@@ -44,8 +60,13 @@ class DirectMover:
         return True
 
     def deliver(self, item: PlannedBucket) -> None:
+        if item.index < self._begun:
+            return
+        self._part.wait(lambda: self._part.is_here(item), "its bytes, read by P2P,", item.index)
+        self._copy(item)
+
+    def _copy(self, item: PlannedBucket) -> None:
         part = self._part
-        part.wait(lambda: part.is_here(item), "its bytes, read by P2P,", item.index)
         with part.device.use_copy_stream():
             part.copy_from_host(item, part.slots(item))
             part.ring.mark_ready(item.index)
@@ -65,6 +86,10 @@ class GroupMover:
         self._own = deque(item for item in part.plan.buckets if item.root == part.rank)
         self._filled: PlannedBucket | None = None
         self._staging = part.staging
+
+    def begin(self) -> None:
+        if self._part.device.enqueues:
+            self.stage_ahead()
 
     def stage_ahead(self) -> None:
         if self._staging is None or self._filled is not None or not self._own:

@@ -65,6 +65,9 @@ class HostMover:
         elif kind == COPIED:
             self._copies[bucket] += 1
 
+    def begin(self) -> None:
+        """Nothing is enqueued in host memory."""
+
     def stage_ahead(self) -> None:
         while self._own and self._free(self._own[0]) and self._part.is_here(self._own[0]):
             item = self._own.popleft()

@@ -22,6 +22,9 @@ from ckpt_engine.update.no_worker import Channel
 
 PAUSE_SECONDS = 0.0001
 """Between two looks at a device's events: far below the milliseconds that a slot's copy takes."""
+FIRST_PAUSE_SECONDS = 0.00002
+FIRST_LOOKS = 20
+"""At first looks come more often: small buckets take less than a pause. (A sleep takes 0.05 ms by itself.)"""
 
 
 class Reader(Protocol):
@@ -70,7 +73,7 @@ class Part:
             return  # No worker, and so no events of one: what lies here was only sent on, by our own streams.
         deadline = self.deadline.or_after(self.reply_timeout)
         if index >= 0 and not self._turn_until(
-            lambda: self.ring.is_given_back(index), deadline, PAUSE_SECONDS
+            lambda: self.ring.is_given_back(index), deadline, looks_again=True
         ):
             item = self.plan.buckets[index]
             message = f"the device of the worker (pid {self.channel.worker_pid}) has not done its reload"
@@ -97,19 +100,21 @@ class Part:
             message = f"waited for {what} (bucket {bucket})"
             raise UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))
 
-    def _turn_until(self, done: Callable[[], bool], deadline: Deadline, pause: float = 0.0) -> bool:
-        """`pause`: seconds between looks at something that wakes nobody, as a device's events do not."""
+    def _turn_until(self, done: Callable[[], bool], deadline: Deadline, *, looks_again: bool = False) -> bool:
+        """`looks_again`: `done` looks at something that wakes nobody, as a device's events do not."""
+        looks = 0
         while True:
             pending = self.while_waiting()
             if done():
                 return True
             if deadline.passed:
                 return False
-            if pending or pause:
+            if pending or looks_again:
                 self.reactor.turn(0)
-                time.sleep(PAUSE_SECONDS)
+                time.sleep(FIRST_PAUSE_SECONDS if looks < FIRST_LOOKS else PAUSE_SECONDS)
             else:
                 self.reactor.turn(min(1.0, deadline.remaining + 0.001))
+            looks += 1
 
     # Bytes
 

@@ -31,6 +31,14 @@ class Pipeline:
         self._reported_nbytes = 0
         part.while_waiting = self._while_waiting
 
+    def begin(self) -> None:
+        """Before the worker is there: copies into slots that nobody uses yet. Nothing is announced.
+
+        Raises:
+            UpdateError: with the bucket that was at work.
+        """
+        self._mover.begin()
+
     def run(self) -> None:
         """Returns when the worker has given back every bucket: then no other rank reads this ring either.
 

@@ -247,6 +247,7 @@ class UpdateSession:
             self._ask(meeting.socket_paths)
         mover = make_mover(me, meeting, part, self._links)
         self._pipeline = Pipeline(part, mover, self._progress_of(plan))
+        self._pipeline.begin()
         return plan
 
     def _start_reads(self, inflow: Inflow, plan: UpdatePlan, meeting: Meeting) -> P2PReader | None:
@@ -284,13 +285,15 @@ class UpdateSession:
         assert self._channel is not None
         channel = self._channel
         channel.finish()
+        if self.keep_buffers:
+            channel.freed()  # as far as it will be: the worker need not come back to hear it
         self._enter("release")
         self._wait_for(lambda: channel.released)
         # All that was enqueued has happened, or it failed: then nobody may commit.
         self.me.device.synchronize()
         if not self.keep_buffers:
             self.me.buffers.free()
-        channel.freed()
+            channel.freed()
         self._enter("post_hook")
         self._wait_for(lambda: channel.finished)
         self._enter("decide")

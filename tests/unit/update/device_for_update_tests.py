@@ -162,6 +162,7 @@ class SimulatedDevice:
         self.rank = rank
         self.uses = uses
         self.in_host_memory = in_host_memory
+        self.enqueues = not in_host_memory
         self.copies, self.broadcasts = Stream(), Stream()
         self.current = self.copies
         self.reached = 0

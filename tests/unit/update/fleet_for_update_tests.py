@@ -293,6 +293,7 @@ class SimulatedRank:
         schedule.daemons += [self.device.copies, self.device.broadcasts]
 
     def _walk(self) -> None:
+        self._pipeline.begin()
         self._pipeline.run()
         # Freed, as a session does next: nobody may use it from here on.
         for buffer in (self._memory.ring, self._memory.staging):

@@ -17,6 +17,7 @@ from schedule_for_update_tests import Deadlock
 
 from ckpt_engine.errors import UpdateError
 from ckpt_engine.update import part as part_module
+from ckpt_engine.update.device_movers import DirectMover
 from ckpt_engine.update.host_mover import HostMover
 from ckpt_engine.update.part import Part
 
@@ -33,6 +34,7 @@ only_look = settings(reproducible, phases=[Phase.generate], database=None, max_e
 @pytest.fixture(autouse=True)
 def no_sleep_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(part_module, "PAUSE_SECONDS", 1e-9)
+    monkeypatch.setattr(part_module, "FIRST_PAUSE_SECONDS", 1e-9)
 
 
 @pytest.mark.parametrize("kind", [HOST_MEMORY, NCCL, GLOO])
@@ -42,6 +44,15 @@ def test_every_worker_gets_every_byte_and_nobody_is_disturbed(case: Case, kind: 
     fleet = Fleet(case, kind)
     for number in range(2):
         fleet.update(number)
+
+
+def _copies_all(mover: DirectMover) -> None:
+    """Without a look at whether the slots are free."""
+    for item in mover._part.plan.buckets:
+        if not mover._part.is_here(item):
+            return
+        mover._copy(item)
+        mover._begun += 1
 
 
 @pytest.mark.parametrize(
@@ -56,6 +67,7 @@ def test_every_worker_gets_every_byte_and_nobody_is_disturbed(case: Case, kind: 
         (NCCL, SimulatedStaging, "mark_emptied", None, "disturbs|is not there"),
         (NCCL, SimulatedStaging, "mark_filled", None, "disturbs|is not there"),
         (GLOO, SimulatedStaging, "mark_filled", None, "disturbs|is not there"),
+        (NCCL, DirectMover, "begin", _copies_all, "is not there"),
         (HOST_MEMORY, SimulatedChannel, "give_back", None, "waits for"),
         (NCCL, SimulatedRing, "is_given_back", False, "waits for"),
         (HOST_MEMORY, Part, "let_go", None, "waits for"),
@@ -63,9 +75,9 @@ def test_every_worker_gets_every_byte_and_nobody_is_disturbed(case: Case, kind: 
     ],
 )
 def test_the_simulation_notices_when_a_rule_is_gone(
-    monkeypatch: pytest.MonkeyPatch, kind: str, where: type, rule: str, instead: bool | None, what: str
+    monkeypatch: pytest.MonkeyPatch, kind: str, where: type, rule: str, instead: object, what: str
 ) -> None:
-    monkeypatch.setattr(where, rule, lambda *arguments: instead)
+    monkeypatch.setattr(where, rule, instead if callable(instead) else lambda *arguments: instead)
     errors: list[Exception] = []
 
     def fails(case: Case) -> bool:
