@@ -252,8 +252,12 @@ def test_a_stale_lease_is_refused_before_a_byte_is_read(reads: Reads, owners: Ow
 
 def test_bytes_whose_lease_has_ended_are_not_used(reads: Reads, owners: Owners) -> None:
     lease = reads.leases["f0:0"] = FakeLease(lambda: lease.checks < 2)
+    taken: list[bool] = []
+    started = reads.network.started
+    reads.network.outcome = lambda read: True if taken or read is started[0] else None
     reader = reads.start()
     take(reads, reader, reads.plan.buckets[0], owners)
+    taken.append(True)
     with pytest.raises(UpdateError, match="ended the lease"):
         wait(reader, lambda: False)
     of_owner_0 = [item for item in reads.plan.buckets if item.owner == 0]
