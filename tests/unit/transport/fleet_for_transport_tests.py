@@ -24,7 +24,7 @@ from ckpt_engine.settings import Settings
 from ckpt_engine.transport.bootstrap import own_store
 from ckpt_engine.transport.control import Control, Round
 
-LIMIT = 30.0
+LIMIT = 60.0
 """Seconds after which something that must happen soon has not happened."""
 
 T = TypeVar("T")
