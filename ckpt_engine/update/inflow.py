@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, P2PError, P2PUnavailable, UpdateError
 from ckpt_engine.gathered import Senders
 from ckpt_engine.metadata import Metas, RankMetas, topology
-from ckpt_engine.planning.plan import Assignment, UpdatePlan
+from ckpt_engine.planning.plan import Assignment, PlannedBucket, UpdatePlan
 from ckpt_engine.planning.reads import choose_receivers
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.timeline.recorder import Recorder
@@ -33,6 +34,12 @@ GRANT_SECONDS = 10.0
 """How long an owner that has admitted this update may take to grant a lease."""
 STAGING_NBYTES = 128 * 1024 * 1024
 """About as much as a receiver reads ahead, in at least 3 and at most 8 buckets."""
+
+
+def staging_shape(items: Sequence[PlannedBucket]) -> tuple[int, int]:
+    """Bytes of a place in the staging buffer of whoever reads these, and how many places it has."""
+    nbytes = max(item.nbytes for item in items)
+    return nbytes, min(max(STAGING_NBYTES // max(nbytes, 1), 3), 8, len(items))
 
 
 @dataclass(kw_only=True)
@@ -122,8 +129,7 @@ class Inflow:
         if not items:
             return None
         assert self._sources is not None
-        nbytes = max(item.nbytes for item in items)
-        count = min(max(STAGING_NBYTES // max(nbytes, 1), 3), 8, len(items))
+        nbytes, count = staging_shape(items)
         self._reading = P2PReader(
             items,
             self._sources,

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 
@@ -31,7 +32,7 @@ from ckpt_engine.update.reading import Place, Reading, StagingBuffer
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.001
+POLL_SECONDS = 0.0005
 """Between looks at reads: far below what one takes, and a core is not spent on it."""
 CLOSE_SECONDS = 30.0
 """How long the end of an update waits for the thread, which is in a call of the store at worst."""
@@ -49,13 +50,14 @@ class Unreadable(Exception):
 
 @dataclass(kw_only=True, eq=False)
 class _Bucket:
-    """One that is on its way: its place, and what is still missing, by source."""
+    """One that is on its way: its place, what is still missing, by source, and what has ended."""
 
     item: PlannedBucket
     place: Place
     begun: float
     deadline: Deadline
     reads: dict[int, Read] = field(default_factory=dict)
+    ended: list[int] = field(default_factory=list)
 
 
 class P2PReader:
@@ -87,7 +89,7 @@ class P2PReader:
         self._read_timeout = read_timeout
         self._recorder = recorder
         self._todo = deque(items)
-        self._on_the_way: list[_Bucket] = []
+        self._on_the_way: deque[_Bucket] = deque()
         self._here: dict[int, Place] = {}
         self._given_back: deque[Place] = deque()
         self._leases: dict[int, Lease] = {}
@@ -214,26 +216,31 @@ class P2PReader:
             bucket.reads[source] = self._store.start_read(held.p2p_address, pieces)
 
     def _look(self) -> bool:
-        """Whether a bucket has come."""
-        came = False
-        for bucket in list(self._on_the_way):
-            late = bucket.deadline.passed
-            for source, read in list(bucket.reads.items()):
-                with self._reads_from(source, bucket.item):
-                    if read.poll():
-                        # What was read before the owner says so was read while the lease held.
-                        self._leases[source].check()
-                        del bucket.reads[source]
-                    elif late:
-                        raise P2PError(f"no end of a read within {self._read_timeout:g} s")
-            if not bucket.reads:
-                self._on_the_way.remove(bucket)
-                self.nbytes += sum(tensor.nbytes for tensor in bucket.item.bucket.tensors)
-                self._recorder.add(P2P, bucket.item, bucket.begun, time.monotonic())
-                self._here[bucket.item.index] = bucket.place
-                self._wake()
-                came = True
-        return came
+        """Whether a bucket has come. In order: one that came before its turn would only wait here."""
+        read = list(takewhile(self._has_ended, self._on_the_way))
+        # What was read before the owner says so was read while the lease held.
+        for source, item in {source: bucket.item for bucket in read for source in bucket.ended}.items():
+            with self._reads_from(source, item):
+                self._leases[source].check()
+        for bucket in read:
+            self._on_the_way.popleft()
+            self.nbytes += sum(tensor.nbytes for tensor in bucket.item.bucket.tensors)
+            self._recorder.add(P2P, bucket.item, bucket.begun, time.monotonic())
+            self._here[bucket.item.index] = bucket.place
+        if read:
+            self._wake()
+        return bool(read)
+
+    def _has_ended(self, bucket: _Bucket) -> bool:
+        """Whether all reads of a bucket have."""
+        for source, read in list(bucket.reads.items()):
+            with self._reads_from(source, bucket.item):
+                if read.poll():
+                    del bucket.reads[source]
+                    bucket.ended.append(source)
+                elif bucket.deadline.passed:
+                    raise P2PError(f"no end of a read within {self._read_timeout:g} s")
+        return not bucket.reads
 
     @contextmanager
     def _reads_from(self, source: int, item: PlannedBucket) -> Iterator[None]:

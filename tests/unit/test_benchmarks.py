@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.mooncake import need_mooncake
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,10 +27,17 @@ ROOT = Path(__file__).parents[2]
             ["--size", "tiny", "--joiners", "2", "--rounds", "1", "--tokens", "1", "--seconds", "0.5"],
             3,
         ),
+        (
+            "p2p",
+            ["--gib", "0.02", "--receivers", "1", "--piece-mib", "1,4", "--rounds", "1", "--join"],
+            3,
+        ),
         ("soak", ["--gib", "0.01", "--tensor-mib", "1", "--cycles", "2"], 3),
     ],
 )
 def test_benchmark_prints_json_lines(module: str, arguments: list[str], lines: int) -> None:
+    if module in ("join", "p2p"):
+        need_mooncake()
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments],
         cwd=ROOT,

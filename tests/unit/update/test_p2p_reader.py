@@ -169,10 +169,31 @@ def reads(owners: Owners) -> Iterator[Reads]:
 
 
 def test_every_byte_arrives_and_each_bucket_is_checked(reads: Reads, owners: Owners) -> None:
+    ended: dict[str, int] = {"f0:0": 0, "f0:1": 0}
+
+    def outcome(read: FakeRead) -> bool | None:
+        # One at a time, so that each needs a check of its own.
+        if read is not next(one for one in reads.network.started if not one.ended):
+            return None
+        if sum(lease.checks for lease in reads.leases.values()) < sum(ended.values()):
+            return None
+        ended[read.peer] += 1
+        return True
+
+    reads.network.outcome = outcome
     reader = read_all(reads, owners)
     assert reader.nbytes == 5 * 3000
     assert {peer: lease.checks for peer, lease in reads.leases.items()} == {"f0:0": 3, "f0:1": 2}
     assert all(lease.released.is_set() for lease in reads.leases.values())
+
+
+def test_one_check_is_enough_for_all_that_was_read_before(reads: Reads, owners: Owners) -> None:
+    reads.network.outcome = lambda read: True if len(reads.network.started) >= 3 else None
+    reader = reads.start()
+    wait(reader, lambda: all(reader.view(item) is not None for item in reads.plan.buckets[:3]))
+    assert {peer: lease.checks for peer, lease in reads.leases.items()} == {"f0:0": 1}
+    reader.stop()
+    reader.close()
 
 
 def test_the_store_and_the_staging_buffer_are_kept_for_the_next_update(reads: Reads, owners: Owners) -> None:
