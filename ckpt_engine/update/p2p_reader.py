@@ -32,8 +32,8 @@ from ckpt_engine.update.reading import Place, Reading, StagingBuffer
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS = 0.0005
-"""Between looks at reads: far below what one takes, and a core is not spent on it."""
+POLL_SECONDS = (0.0005, 0.004)
+"""Between looks at reads, at first and at most: far below what one takes, and a core is not spent on it."""
 CLOSE_SECONDS = 30.0
 """How long the end of an update waits for the thread, which is in a call of the store at worst."""
 
@@ -97,6 +97,7 @@ class P2PReader:
         self._abandoned: list[StagingBuffer] = []
         self._failure: Exception | None = None
         self._stopping = False
+        self._patience = POLL_SECONDS[0]
         self._changed = threading.Condition()
         self.nbytes = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -169,6 +170,7 @@ class P2PReader:
                 except Unreadable as unreadable:
                     self._go_on_without(unreadable)
                     continue
+                self._patience = POLL_SECONDS[0] if came else min(2 * self._patience, POLL_SECONDS[1])
                 if not came:
                     self._pause()
         except Exception as error:  # noqa: BLE001 - raised where the update waits
@@ -183,7 +185,7 @@ class P2PReader:
     def _pause(self) -> None:
         with self._changed:
             if not self._given_back and not self._stopping:
-                self._changed.wait(POLL_SECONDS if self._on_the_way else None)
+                self._changed.wait(self._patience if self._on_the_way else None)
 
     def _start_reads(self) -> None:
         while self._given_back:
