@@ -37,6 +37,16 @@ DESCRIBE_SECONDS = 10.0
 _METADATA_REQUEST = 1
 _TRANSPORTS = {"ascend": "ascend_direct"}
 """Where an engine's description has another name than the protocol argument."""
+_NPU_WHEEL = "mooncake-transfer-engine-npu"
+_NEEDS = (
+    "mooncake-transfer-engine and libibverbs",
+    "pip install 'ckpt-engine[p2p]', and install libibverbs1 with the system's packages",
+)
+_NEEDS_ON_NPUS = (
+    f"{_NPU_WHEEL} and CANN's libraries",
+    "pip install 'ckpt-engine[p2p-npu]', and source CANN's set_env.sh",
+)
+"""What, and how to get it. All wheels hold the package `mooncake`: one stands in another's place."""
 _GLOG = re.compile(r"^(?:[IWEF]\d{4} |WARNING: Logging before InitGoogleLogging)")
 
 
@@ -54,10 +64,8 @@ def start_mooncake(
     try:  # some of the variables are read when it is imported
         from mooncake.engine import TransferEngine  # type: ignore[import-untyped]
     except ImportError as error:
-        raise P2PUnavailable(
-            f"P2P needs mooncake-transfer-engine and libibverbs ({error}): pip install "
-            "'ckpt-engine[p2p]', and install libibverbs1 with the system's packages"
-        ) from error
+        needs, remedy = _NEEDS_ON_NPUS if device_type == "npu" else _NEEDS
+        raise P2PUnavailable(f"P2P needs {needs} ({error}): {remedy}") from error
     devices = ",".join(rdma_devices) if wanted in ("rdma", "efa") else ""
     said = ""
     for _ in range(START_TRIES):
@@ -72,8 +80,7 @@ def start_mooncake(
             taken = _transport_of(host_ip, port, wanted)
             if taken != wanted:
                 raise P2PUnavailable(
-                    f"P2P should go over {wanted}, but mooncake takes {taken} here: install the wheel of "
-                    f"mooncake for {wanted}, or set MC_FORCE_TCP=1 to go over tcp"
+                    f"P2P should go over {wanted}, but mooncake takes {taken} here: {_other_wheel(wanted)}"
                 )
             return MooncakeStore(engine, address, taken)
     raise P2PUnavailable(f"mooncake cannot start at {host_ip} ({wanted}): {said.strip()}")
@@ -188,6 +195,12 @@ class MooncakeRead:
                 f"{self._failure}. Bytes of it may still come until the store is closed"
             )
         return not self.numbers
+
+
+def _other_wheel(wanted: str) -> str:
+    if wanted == "ascend_direct":  # on NPUs tcp is never asked for
+        return f"pip uninstall the wheel of mooncake that is here, and pip install {_NPU_WHEEL}"
+    return f"install the wheel of mooncake for {wanted}, or set MC_FORCE_TCP=1 to go over tcp"
 
 
 def _transport_of(host_ip: str, port: int, wanted: str) -> str:

@@ -287,8 +287,27 @@ def test_another_transport_than_the_wanted_one_is_an_error(
 ) -> None:
     """The wheel without Ascend takes TCP, whatever it is told; and says nothing of it."""
     monkeypatch.delenv("MC_FORCE_TCP", raising=False)
-    with pytest.raises(P2PUnavailable, match="should go over ascend_direct, but mooncake takes tcp here"):
+    with pytest.raises(
+        P2PUnavailable,
+        match=r"should go over ascend_direct, but mooncake takes tcp here: .* mooncake-transfer-engine-npu$",
+    ):
         make_p2p_store(load_settings(), "127.0.0.1", "npu", [])
+
+
+@pytest.mark.parametrize(
+    ("device_type", "says"),
+    [
+        ("npu", r"needs mooncake-transfer-engine-npu and CANN.*ckpt-engine\[p2p-npu\]'.*set_env.sh"),
+        ("cuda", r"needs mooncake-transfer-engine and libibverbs .*ckpt-engine\[p2p\]'.*libibverbs1"),
+    ],
+)
+def test_without_mooncake_the_right_wheel_is_named(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, says: str
+) -> None:
+    monkeypatch.delenv("MC_FORCE_TCP", raising=False)
+    monkeypatch.setitem(sys.modules, "mooncake.engine", None)
+    with pytest.raises(P2PUnavailable, match=says):
+        make_p2p_store(load_settings(), "127.0.0.1", device_type, [])
 
 
 def test_starting_keeps_what_others_write_to_stderr(
