@@ -129,7 +129,7 @@ class DeviceGroup:
         self._index = device_index
         timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
         self._group: Any = form_in_thread(
-            lambda: self._form(own_part(store, prefix), place, size, timeout), deadline, poll
+            lambda: self._form(own_part(store, prefix), place, size, timeout), deadline, poll, self._end
         )
 
     def broadcast(self, tensor: torch.Tensor, root: int, deadline: Deadline, poll: Poll) -> None:
@@ -256,32 +256,59 @@ def forming_timeout(deadline: Deadline) -> timedelta:
     return timedelta(seconds=max(1.0, min(FORMING_SECONDS, deadline.remaining)))
 
 
-def form_in_thread(make: Callable[[], _G], deadline: Deadline, poll: Poll) -> _G:
+def form_in_thread(
+    make: Callable[[], _G], deadline: Deadline, poll: Poll, end: Callable[[_G], object] | None = None
+) -> _G:
     """Makes a group in a thread: making it waits for every member, and cannot be interrupted.
 
-    After an abort the thread stays behind until torch's own timeout ends it.
+    After an abort the thread stays behind until torch's own timeout ends it. A group that comes after all is
+    nobody's: `end` ends it, where dropping it is not enough.
     """
     made: list[_G] = []
     failed: list[Exception] = []
+    given_up = threading.Event()
+    lock = threading.Lock()
 
     def run() -> None:
         try:
-            made.append(make())
+            group = make()
         except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
             failed.append(error)
+            return
+        with lock:
+            if not given_up.is_set():
+                made.append(group)
+                return
+        _end_unwanted(group, end)
 
     thread = threading.Thread(target=run, name="ckpt-engine-group", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(SLICE.total_seconds())
-        poll()
-        if deadline.passed and thread.is_alive():
-            raise _late("the ranks did not form a group")
+    try:
+        while thread.is_alive():
+            thread.join(SLICE.total_seconds())
+            poll()
+            if deadline.passed and thread.is_alive():
+                raise _late("the ranks did not form a group")
+    except BaseException:
+        with lock:
+            given_up.set()
+        for group in made:
+            _end_unwanted(group, end)
+        raise
     if failed and isinstance(failed[0], ConfigError):
         raise failed[0]
     if failed:
         raise broken("the ranks could not form a group", failed[0]) from failed[0]
     return made[0]
+
+
+def _end_unwanted(group: _G, end: Callable[[_G], object] | None) -> None:
+    if end is None:
+        return
+    try:
+        end(group)
+    except Exception as error:  # noqa: BLE001 - what ended the wait for it is the error
+        logger.warning("while a group ended that nobody waited for any more: %s", error)
 
 
 def _late(message: str) -> UpdateTimeout:

@@ -80,12 +80,17 @@ class VllmHcclCollectives(DeviceGroup):
             ) from error
         npu.set_device(self._index)
         group = id_only_group(stateless, store, place, size)
-        made = kind.PyHcclCommunicator(group, torch.device("npu", self._index))
+        # In two steps: what it has made before it fails is to be ended.
+        made = object.__new__(kind.PyHcclCommunicator)
+        try:
+            made.__init__(group, torch.device("npu", self._index))
+        except Exception:
+            _end_communicator(made, self._index)
+            raise
         if made.disabled:
             # Its broadcasts would do nothing, in silence.
             raise ConfigError("vllm-ascend cannot load hccl's library: set HCCL_SO_PATH")
-        found: object = made
-        return found
+        return made
 
     def _enqueue(self, tensor: torch.Tensor, root: int) -> None:
         stream = cast(Any, torch).npu.current_stream(self._index)
@@ -95,17 +100,25 @@ class VllmHcclCollectives(DeviceGroup):
     def _end(self, group: Any) -> None:  # noqa: ANN401
         # Ending it waits for what is enqueued; the process must not wait with it.
         thread = threading.Thread(
-            target=_end_communicator, args=(group,), name="ckpt-engine-group-end", daemon=True
+            target=_end_communicator, args=(group, self._index), name="ckpt-engine-group-end", daemon=True
         )
         thread.start()
         thread.join(CLOSE_SECONDS)
 
 
-def _end_communicator(communicator: Any) -> None:  # noqa: ANN401
+def _end_communicator(communicator: Any, index: int) -> None:  # noqa: ANN401
+    """Destroys what hccl holds of it: memory of the device, and a port. It must not be in use by then; and a
+    new thread has no device of its own yet."""
+    npu = cast(Any, torch).npu
+    try:
+        npu.set_device(index)
+        npu.synchronize(index)
+    except RuntimeError as error:  # such as that of a broadcast whose root is gone
+        logger.warning("npu:%d, before a communicator ends: %s", index, error)
     try:
         if hasattr(communicator, "close"):
             communicator.close()
-        else:  # vllm-ascend up to 0.23
+        elif hasattr(communicator, "comm"):  # no release of vllm-ascend up to 0.26 has an end of its own
             communicator.hccl.hcclCommDestroy(communicator.comm)
     except RuntimeError as error:
         logger.warning("hccl, while a communicator ended: %s", error)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import msgspec
@@ -13,15 +16,16 @@ import torch
 from ckpt_engine_ascend import identity
 from ckpt_engine_ascend.findings import find
 from torch.multiprocessing import reductions
+from vllm_ascend.distributed.device_communicators import pyhccl
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import detect_device, device_count, draining, make_device, map_ring, npu
 from ckpt_engine.devices.handles import NpuRing, RingHandle
 from ckpt_engine.devices.npu import ServerRing, WorkerRing
-from ckpt_engine.errors import ConfigError, DeviceError, ProtocolError
+from ckpt_engine.errors import ConfigError, DeviceError, PeerLost, ProtocolError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
-from ckpt_engine.transport.collectives import make_group
+from ckpt_engine.transport.collectives import Collectives, make_group
 from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP
 
 NBYTES = 1 << 20
@@ -320,6 +324,101 @@ def test_a_communicator_that_would_do_nothing_is_refused(monkeypatch: pytest.Mon
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
     with pytest.raises(ConfigError, match="HCCL_SO_PATH"):
         make_group("vllm_hccl", store, "members", 0, 2, 0, Deadline.after(30), lambda: None)
+
+
+def members(store: torch.distributed.Store, *polls: Callable[[], object]) -> list[Future[Collectives]]:
+    """A group's members, each in a thread of its own, on NPUs 0 and 1."""
+    with ThreadPoolExecutor() as pool:
+        return [
+            pool.submit(make_group, "vllm_hccl", store, "members", place, 2, place, Deadline.after(30), poll)
+            for place, poll in enumerate(polls)
+        ]
+
+
+@pytest.fixture
+def store() -> torch.distributed.Store:
+    return torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = Deadline.after(30)
+    while not condition():
+        assert not deadline.passed
+        time.sleep(0.01)
+
+
+def test_a_group_that_is_closed_is_destroyed(
+    store: torch.distributed.Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On its own NPU, in whatever thread, and when nothing is left to be done by it. Once."""
+    groups = [member.result() for member in members(store, lambda: None, lambda: None)]
+    assert len(pyhccl._alive) == 2
+    for place, group in enumerate(groups):
+        tensor = torch.full((4,), place, dtype=torch.uint8).to(f"npu:{place}")
+        with NPU.stream(NPU.Stream(place)):
+            group.broadcast(tensor, 0, Deadline.after(30), lambda: None)
+    closing = [threading.Thread(target=group.close) for group in groups]
+    for thread in closing:
+        thread.start()
+    wait_for(lambda: not pyhccl._alive)
+    for thread in closing:
+        thread.join()
+    groups[0].close()
+    assert "HCCL error" not in caplog.text
+
+
+def test_a_group_that_nobody_waits_for_any_more_is_destroyed(store: torch.distributed.Store) -> None:
+    """One member has given up while the others were still to come; they come, and hccl makes it after all."""
+
+    def give_up() -> None:
+        raise KeyError("another rank failed")
+
+    with pytest.raises(KeyError):
+        make_group("vllm_hccl", store, "members", 0, 2, 0, Deadline.after(30), give_up)
+    other = make_group("vllm_hccl", store, "members", 1, 2, 1, Deadline.after(30), lambda: None)
+    wait_for(lambda: len(pyhccl._alive) == 1)
+    other.close()
+    wait_for(lambda: not pyhccl._alive)
+
+
+def test_a_communicator_whose_making_fails_is_destroyed(
+    store: torch.distributed.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_HCCL_FAILS", "1")
+    for member in members(store, lambda: None, lambda: None):
+        with pytest.raises(PeerLost, match="the first collective failed"):
+            member.result()
+    assert not pyhccl._alive
+
+
+def test_a_communicator_that_cannot_be_destroyed_is_told(
+    store: torch.distributed.Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does an error of the device keep it: that is how a broadcast ends whose root is gone."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("HCCL error: internal")
+
+    groups = [member.result() for member in members(store, lambda: None, lambda: None)]
+    NPU.current_stream().enqueue(fail)
+    groups[0].close()
+    assert "before a communicator ends: HCCL error: internal" in caplog.text
+    assert len(pyhccl._alive) == 1
+    monkeypatch.setattr(pyhccl.HCCLLibrary, "hcclCommDestroy", fail)
+    groups[1].close()
+    assert "while a communicator ended: HCCL error: internal" in caplog.text
+    pyhccl._alive.clear()
+
+
+def test_a_communicator_that_can_end_itself_does(store: torch.distributed.Store) -> None:
+    """vllm-ascend's next releases have `close`."""
+    ended = []
+    groups = [member.result() for member in members(store, lambda: None, lambda: None)]
+    for place, group in enumerate(groups):
+        group._group.close = lambda place=place: ended.append(place)  # type: ignore[attr-defined]
+        group.close()
+    assert ended == [0, 1]
+    pyhccl._alive.clear()
 
 
 def test_without_vllm_ascend_its_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.checkpoint import split_checkpoint
+from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices.npu import load as load_npu
 from ckpt_engine.errors import UpdateError
 from tests.support.rank import Worker
@@ -54,7 +55,16 @@ class Rank:
         entry["group"] = type(group).__name__ if group else None
         entry["worker"] = self.worker.last
         entry["free"] = load_npu().mem_get_info(self.index)[0]
+        entry["communicators"] = self.communicators(0 if entry["error"] else 1)
         self.results[scenario] = entry
+
+    def communicators(self, expected: int) -> int:
+        """How many of vllm-ascend's there are; one that is in use ends when its broadcast does."""
+        made = sys.modules.get("vllm_ascend.distributed.device_communicators.pyhccl")
+        deadline = Deadline.after(TIMEOUT)
+        while made is not None and len(made._alive) != expected and not deadline.passed:
+            time.sleep(0.01)
+        return len(made._alive) if made is not None else 0
 
     def update(
         self, name: str, fault: dict[str, Any] | None = None, *, asks: bool = True, keep: bool = False
@@ -108,6 +118,8 @@ def main() -> None:
             me.walk(first, second)
         finally:
             me.worker.close()
+            ps.close()
+            me.results["communicators"] = me.communicators(0)
             (out / f"rank-{rank}.json").write_text(json.dumps(me.results))
 
 

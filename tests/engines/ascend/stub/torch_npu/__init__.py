@@ -29,5 +29,8 @@ _install()
 from torch_npu.multiprocessing import reductions as _reductions  # noqa: E402 - needs the backend
 
 _torch_reductions.reduce_tensor = _reductions._npu_reduce_tensor
-for _storage in (torch.UntypedStorage, torch.TypedStorage):
-    _storage._release_ipc_counter_npu = staticmethod(_memory.release_counter)
+# Made in C, without keywords; the wrapper of typed storages takes one, and drops it.
+torch.UntypedStorage._release_ipc_counter_npu = staticmethod(_memory.release_counter)
+torch.TypedStorage._release_ipc_counter_npu = staticmethod(
+    lambda *args, device="npu", **kwargs: torch.UntypedStorage._release_ipc_counter_npu(*args, **kwargs)
+)

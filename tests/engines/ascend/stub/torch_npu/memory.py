@@ -117,7 +117,7 @@ def _add(file: Path, offset: int, change: int) -> None:
         counters.write(struct.pack("=q", value + change))
 
 
-def release_counter(counter: bytes, offset: int, device: object = "npu") -> None:
+def release_counter(counter: bytes, offset: int, /) -> None:
     """Best effort: the exporter may be gone."""
     assert isinstance(counter, bytes)
     assert isinstance(offset, int)
@@ -161,7 +161,7 @@ def map_shared(
     assert all(type(value) is kind for value, kind in zip(values, kinds, strict=True)), values
     known = _RECEIVED.get((handle, offset_bytes))
     if known is not None:
-        release_counter(counter, counter_offset, device=device)
+        release_counter(counter, counter_offset)
         return known.bytes()
     path = SHARED / handle[2:].rstrip(b"\0").decode()
     if not path.exists():

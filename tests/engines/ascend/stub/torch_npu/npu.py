@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch_npu.streams import Event, Stream, current_stream, stream, synchronize
 
 __all__ = ["Event", "Stream", "current_stream", "stream", "synchronize"]
 
-_current = 0
+_LOCAL = threading.local()
 _initialized = False
 
 
@@ -46,14 +47,14 @@ def device_count() -> int:
 
 def current_device() -> int:
     _lazy_init()
-    return _current
+    return getattr(_LOCAL, "current", 0)
 
 
 def set_device(device: int) -> None:
-    global _current
+    """For this thread: others go on with theirs, or with 0."""
     if not 0 <= device < device_count():
         raise RuntimeError(f"SetDevice: invalid device id {device}, error code is 107001")
-    _current = device
+    _LOCAL.current = device
 
 
 class device:
@@ -73,7 +74,7 @@ class device:
 
 
 def mem_get_info(device: int | None = None) -> tuple[int, int]:
-    index = _current if device is None else device
+    index = current_device() if device is None else device
     assert 0 <= index < device_count()
     total = memory.total_nbytes()
     return total - memory.used_nbytes(visible()[index]), total

@@ -16,7 +16,7 @@ _LOCK = threading.RLock()
 
 
 class Stream:
-    def __init__(self, device: object = None, priority: int = 0) -> None:
+    def __init__(self, device: object = None, priority: int = 0, **kwargs: object) -> None:
         self._tasks: deque[Task] = deque()
 
     def enqueue(self, task: Task) -> None:
@@ -120,5 +120,5 @@ def stream(stream: Stream) -> Iterator[Stream]:
 
 
 def synchronize(device: object = None) -> None:
-    for one in _STREAMS:
-        one.synchronize()
+    while any([one.step() for one in _STREAMS]):  # all of them go on, not one after the other
+        time.sleep(0)

@@ -10,7 +10,9 @@ _current: list[Any] = []
 
 
 @contextmanager
-def set_current_vllm_config(vllm_config: Any) -> Iterator[None]:
+def set_current_vllm_config(
+    vllm_config: Any, check_compile: bool = False, prefix: str | None = None
+) -> Iterator[None]:
     _current.append(vllm_config)
     try:
         yield

@@ -47,7 +47,12 @@ class _Work:
         self.enqueue(current_stream())
 
     def enqueue(self, stream: Stream) -> None:
+        self._stream = stream
         stream.enqueue(self._step)
+
+    def is_left(self) -> bool:
+        """Whether the stream is still to do it, or at it."""
+        return self._step in self._stream._tasks
 
 
 class ProcessGroupHCCL:

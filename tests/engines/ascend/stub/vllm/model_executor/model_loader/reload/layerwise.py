@@ -27,8 +27,8 @@ class Info:
 _INFO: WeakKeyDictionary[torch.nn.Module, Info] = WeakKeyDictionary()
 
 
-def get_layerwise_info(module: torch.nn.Module) -> Info:
-    return _INFO.setdefault(module, Info())
+def get_layerwise_info(layer: torch.nn.Module) -> Info:
+    return _INFO.setdefault(layer, Info())
 
 
 def record_metadata_for_reloading(model: torch.nn.Module) -> None:
