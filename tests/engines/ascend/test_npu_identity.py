@@ -14,6 +14,7 @@ from ckpt_engine_ascend.npu_smi import NpuSmi
 
 from ckpt_engine.compat.checkpoint_engine.device_utils import npu_generate_uuid
 from ckpt_engine.errors import ConfigError
+from tests.engines.ascend import reference
 from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP
 
 CASES = FAKE_NPU_SMI.parent / "cases.json"
@@ -44,6 +45,7 @@ FOUND = [
     ("a3_container_npu2", 845, 1, 5),
     ("a3_container_npu2", None, 1, 5),
     ("a3_half_idle_with_table", 3229095, None, 1),
+    ("a3_half_idle_with_table", 3229095, 1, 1),
     ("a2_idle_with_table", None, 0, 0),
     ("odd_card_id_with_table", 577293, None, 65536),
     ("odd_card_id_with_table", 1654605, 1, 65537),
@@ -111,6 +113,44 @@ def test_an_error_with_the_output_and_the_way_out(
         device_uuid(index)
     for text in (*says, f"pid {os.getpid()}", "CKPT_ENGINE_DEVICE_UUID"):
         assert text in str(raised.value)
+
+
+def test_the_readmes_table_says_what_is_answered_now() -> None:
+    """Its last column, the reference's answers, is of the command that prints it all."""
+    there = {case["scenario"] for case in json.loads(CASES.read_text())}
+    plain = {name for name in there if not name.endswith(("_with_table", "_list_only"))}
+    assert {case.shown for case in reference.CASES} == {*plain, reference.MISSING}
+    lines = (Path(__file__).parents[3] / "integrations/ascend/README.md").read_text().splitlines()
+    for case in reference.CASES:
+        ours = reference.ask_ours(case)
+        assert ours == case.right or (isinstance(case.right, str) and case.right in str(ours))
+        assert case.scenario == reference.MISSING or is_tried(case)
+        (row,) = [line for line in lines if line.startswith(f"| {case.shown} |")]
+        assert row.startswith(reference.row(case, ours, 0).rpartition(" | ")[0])
+
+
+def is_tried(case: reference.Case) -> bool:
+    """The table's answers are those of the tests above."""
+    if isinstance(case.right, int):
+        pid = None if case.pid == reference.NOT_LISTED else case.pid
+        return (case.scenario, pid, case.index, case.right) in FOUND
+    return any((case.scenario, case.index) == (name, index) for name, _, index, _ in REFUSED)
+
+
+def test_the_reference_is_judged_by_what_it_says() -> None:
+    npu, error = reference.CASES[0], reference.CASES[-1]
+    misleading = f"ValueError: {reference.NOT_RUNNING}"
+    crash = "FileNotFoundError: No such file or directory: 'npu-smi'"
+    for case, answer, judged in (
+        (npu, 0, "right"),
+        (npu, 3, "wrong: 3"),
+        (npu, misleading, "misleading"),
+        (error, misleading, "misleading"),
+        (error, 0, "wrong: 0"),
+        (error, crash, f"not caught: `{crash}`"),
+        (error, "IdentityError: not found on PATH", "right"),
+    ):
+        assert reference.verdict(case, answer) == judged
 
 
 def test_what_sglang_asks_is_the_same_key(scenario: Callable[..., None]) -> None:
