@@ -25,6 +25,19 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "llama": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True}),
     "tied": ("Qwen3Config", {"tie_word_embeddings": True}),
+    # Not tiny: 0.9 GB, to measure with.
+    "medium": (
+        "Qwen3Config",
+        {
+            "tie_word_embeddings": False,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+        },
+    ),
     # Each matrix can be cut into blocks of 128 x 128.
     "wide": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
     "moe": ("Qwen3MoeConfig", {"tie_word_embeddings": False, **_EXPERTS}),
@@ -41,8 +54,9 @@ _FP8_BLOCK = 128
 
 
 def make_tiny_checkpoint(directory: Path, architecture: str, seed: int) -> None:
-    """Writes config.json, model.safetensors in bfloat16 and a tokenizer, under 2 MiB in all. Those whose name
-    begins with `fp8` have their projections in float8, with a scale for each block (as DeepSeek's)."""
+    """Writes config.json, model.safetensors in bfloat16 and a tokenizer, mostly under 2 MiB in all. Those
+    whose name begins with `fp8` have their projections in float8, with a scale for each block (as
+    DeepSeek's)."""
     import transformers
 
     name, options = ARCHITECTURES[architecture]

@@ -70,6 +70,11 @@ class CkptEngineWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
         update = WorkerUpdate(self._worker(), partial=update_info.partial, ignored=tuple(update_info.ignored))
         self._tell(update.serve(update_info.zmq_handles))
 
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:  # noqa: ANN401 - vLLM's
+        """The trainer's end, which vLLM up to 0.26 has here: parameter servers are ours."""
+        raise ConfigError("trainers send weights by ckpt_engine.ParameterServer, not by vLLM's engine")
+
     def _tell(self, status: dict[str, Any]) -> None:
         if status["outcome"] != "committed":
             logger.error("ckpt-engine: the update failed: %s\n%s", status["error"], status["traceback"])

@@ -54,9 +54,9 @@ class Answers:
 
 
 class OfflineEngine:
-    """vLLM's LLM class in a process of its own."""
+    """vLLM's LLM class in a process of its own, with more in its `environment`."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, **environment: str) -> None:
         self._log = log
         self._lock = threading.Lock()
         self._references: dict[tuple[Path, int], Answers] = {}
@@ -66,7 +66,7 @@ class OfflineEngine:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.engines.vllm.offline_process", str(theirs)],
                 cwd=ROOT,
-                env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+                env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,

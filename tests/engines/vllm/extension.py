@@ -34,6 +34,15 @@ class Extension(VllmColocateWorkerExtension):
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             return digests(self.get_model())  # type: ignore[attr-defined]
 
+    def test_addresses(self) -> dict[str, int]:
+        """Where each parameter lies, for CUDA graphs know them by that."""
+        parameters = self.get_model().named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
+        return {name: parameter.data_ptr() for name, parameter in parameters}
+
+    def test_replays(self) -> int:
+        """How often CUDA graphs have run in this process since the first call."""
+        return _count_replays()
+
     def test_kernels(self) -> str:
         """What quantised layers compute with."""
         modules = self.get_model().modules()  # type: ignore[attr-defined]
@@ -125,7 +134,8 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 
 
 def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+    plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(plain.numpy().data).hexdigest()
 
 
 def reload_through_slot(
@@ -156,6 +166,20 @@ def reload_through_slot(
     slot.fill_(0xFF)
     reload.finish()
     return reload.kept_nbytes
+
+
+def _count_replays() -> int:
+    kind: Any = torch.cuda.CUDAGraph
+    original = kind.replay
+    if not hasattr(original, "count"):
+
+        def replay(graph: object) -> None:
+            replay.count += 1  # type: ignore[attr-defined]
+            original(graph)
+
+        replay.count = 0  # type: ignore[attr-defined]
+        kind.replay = replay
+    return int(kind.replay.count)
 
 
 def _fail_once(phase: str, bucket: int, fifo: str | None) -> None:

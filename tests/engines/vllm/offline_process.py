@@ -61,7 +61,8 @@ class Offline:
 
         from ckpt_engine import ParameterServer
 
-        with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
+        device = os.environ.get("TEST_DEVICE", "cpu")
+        with ParameterServer(rank=0, world_size=1, device=device) as ps:
             ps.register_checkpoint("new", files=[f"{directory}/model.safetensors"])
             ps.gather_metas("new")
             return ckpt_engine_vllm.update(self.llm, ps, "new", timeout=100).version

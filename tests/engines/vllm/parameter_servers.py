@@ -20,6 +20,7 @@ def update_from(
     *,
     slot_nbytes: int | None = None,
     timeout: float = 120,
+    device: str = "cpu",
     **options: Any,  # noqa: ANN401 - of the worker's method
 ) -> UpdateReport:
     """One update, as a program would do it that has both in its hands."""
@@ -33,7 +34,7 @@ def update_from(
         patch.setenv("CKPT_ENGINE_HOST_ID", "here")
         if slot_nbytes is not None:
             patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))
-        with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
+        with ParameterServer(rank=0, world_size=1, device=device) as ps:
             if isinstance(checkpoint, Path):
                 ps.register_checkpoint("new", files=[str(checkpoint / "model.safetensors")])
             else:

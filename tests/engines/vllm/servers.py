@@ -27,10 +27,17 @@ class Server:
 
     Args:
         uds: listen on this Unix socket, in place of a port.
+        eager: compile nothing, and capture no graphs.
     """
 
     def __init__(
-        self, model: Path, tensor_parallel_size: int, log: Path, *options: str, uds: Path | None = None
+        self,
+        model: Path,
+        tensor_parallel_size: int,
+        log: Path,
+        *options: str,
+        uds: Path | None = None,
+        eager: bool = True,
     ) -> None:
         self.model = model
         self.tensor_parallel_size = tensor_parallel_size
@@ -43,16 +50,8 @@ class Server:
         command += ["--served-model-name", "model"]
         command += ["--host", "127.0.0.1", "--port", str(port)] if uds is None else ["--uds", str(uds)]
         command += ["--tensor-parallel-size", str(tensor_parallel_size), "--worker-extension-cls", EXTENSION]
-        command += [
-            "--max-model-len",
-            "2048",
-            "--max-num-seqs",
-            "8",
-            "--enforce-eager",
-            "--seed",
-            "0",
-            *options,
-        ]
+        command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--seed", "0", *options]
+        command += ["--enforce-eager"] if eager else []
         with log.open("w") as output:
             self.process = subprocess.Popen(
                 command,
