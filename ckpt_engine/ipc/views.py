@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Protocol
 
@@ -33,15 +36,16 @@ class RingViews:
         """
         # No comprehension: it would close over views of the ring. See clear_frames.
         tensors = []
-        for layout in bucket.tensors:
-            start = bucket.ring_offset + layout.offset
-            itemsize, strides, nbytes = _contiguous(layout.dtype, layout.shape)
-            if nbytes != layout.nbytes or start % itemsize:
-                raise _unlike(layout, start)
-            whole = self._typed.get(layout.dtype)
-            if whole is None:
-                whole = self._whole(layout.dtype, itemsize)
-            tensors.append((layout.name, whole.as_strided(layout.shape, strides, start // itemsize)))
+        with _collector_at_rest():
+            for layout in bucket.tensors:
+                start = bucket.ring_offset + layout.offset
+                itemsize, strides, nbytes = _contiguous(layout.dtype, layout.shape)
+                if nbytes != layout.nbytes or start % itemsize:
+                    raise _unlike(layout, start)
+                whole = self._typed.get(layout.dtype)
+                if whole is None:
+                    whole = self._whole(layout.dtype, itemsize)
+                tensors.append((layout.name, whole.as_strided(layout.shape, strides, start // itemsize)))
         return tensors
 
     def _whole(self, dtype: str, itemsize: int) -> torch.Tensor:
@@ -51,6 +55,19 @@ class RingViews:
 
     def close(self) -> None:
         self._typed.clear()
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """Tens of thousands of new objects, none of them garbage, would make Python's collector look at them a
+    hundred times, and now and then at all of the engine's."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @lru_cache(maxsize=4096)

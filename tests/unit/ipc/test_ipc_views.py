@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+
 import pytest
 import torch
 
@@ -62,3 +65,28 @@ def test_a_write_into_a_view_is_one_into_the_ring() -> None:
 def test_bytes_that_are_no_such_tensor_are_refused(layout: TensorLayout) -> None:
     with pytest.raises(ProtocolError, match=r"'t'|no tensor is of"):
         RingViews(Bytes(1024)).tensors_of(BucketLayout(0, 512, (layout,)))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("nbytes", [4, 8], ids=["good", "refused"])
+def test_the_collector_rests_meanwhile_and_is_then_as_it_was(enabled: bool, nbytes: int) -> None:
+    layouts = [TensorLayout(f"t{number}", "float32", (1,), 0, 4) for number in range(5000)]
+    bucket = BucketLayout(0, 512, (*layouts, TensorLayout("last", "float32", (1,), 0, nbytes)))
+    views = RingViews(Bytes(1024))
+    collections: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collections.append(phase)
+
+    gc.collect()
+    if not enabled:
+        gc.disable()
+    gc.callbacks.append(note)
+    try:
+        with contextlib.suppress(ProtocolError):
+            views.tensors_of(bucket)
+        gc.callbacks.remove(note)
+        assert gc.isenabled() == enabled
+        assert collections.count("start") <= 1  # the one that waited until the end
+    finally:
+        gc.enable()
