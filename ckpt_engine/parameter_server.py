@@ -139,7 +139,8 @@ class ParameterServer:
         """Loads this rank's share into host memory.
 
         Args:
-            files: `.safetensors` files, whole or in part (`FileSelection`).
+            files: `.safetensors` files, whole or in part (`FileSelection`), and TP-sharded `.npy` files, all
+                shards of a layer, which become whole tensors (`ckpt_engine.checkpoint.npy_file`).
             named_tensors: tensors on any device; their bytes are copied.
             use_shared_memory_pool: into one arena that is kept and refilled: one checkpoint at a time, which
                 need not have the shape of the one before.

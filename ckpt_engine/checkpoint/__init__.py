@@ -7,13 +7,21 @@ registry.unregister("step-100")
 """
 
 from ckpt_engine.checkpoint.arena import HostArena
-from ckpt_engine.checkpoint.file_split import files_of, split_files
+from ckpt_engine.checkpoint.file_split import split_files
 from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
-from ckpt_engine.checkpoint.index import FileSelection, checkpoint_files, describe, split_checkpoint
-from ckpt_engine.checkpoint.loader import FileSource, load
+from ckpt_engine.checkpoint.index import (
+    FileSelection,
+    checkpoint_files,
+    describe,
+    files_of,
+    split_checkpoint,
+)
+from ckpt_engine.checkpoint.loader import load
+from ckpt_engine.checkpoint.npy_file import NpyHeader
 from ckpt_engine.checkpoint.pool import ArenaPool
 from ckpt_engine.checkpoint.registry import CheckpointRegistry
 from ckpt_engine.checkpoint.safetensors_header import HeaderEntry, SafetensorsHeader, read_header
+from ckpt_engine.checkpoint.sources import FileSource
 
 __all__ = [
     "ArenaPool",
@@ -23,6 +31,7 @@ __all__ = [
     "HeaderEntry",
     "HostArena",
     "HostCheckpoint",
+    "NpyHeader",
     "SafetensorsHeader",
     "checkpoint_files",
     "describe",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import Protocol
 
 from ckpt_engine.checkpoint.arena import PIECE_NBYTES, HostArena
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError
@@ -36,6 +37,20 @@ class Piece:
     def nbytes(self) -> int:
         return sum(segment.nbytes for segment in self.segments)
 
+    @property
+    def file_offset(self) -> int:
+        return self.segments[0].file_offset
+
+    def read(self, descriptor: int, path: Path, arena: HostArena) -> None:
+        for segment in _spans(self):
+            arena.populate(segment.arena_offset, segment.nbytes)
+        targets = [arena.memory(segment.arena_offset, segment.nbytes) for segment in self.segments]
+        filled = read_into(descriptor, targets, self.file_offset)
+        if filled < len(targets):
+            raise CheckpointFormatError(
+                f"{path}: truncated while reading tensor {self.segments[filled].tensor!r}"
+            )
+
 
 def cut_pieces(segments: Iterable[Segment]) -> list[Piece]:
     """Sorts the segments by file offset and cuts them into pieces; segments of 0 bytes are dropped."""
@@ -57,6 +72,17 @@ def cut_pieces(segments: Iterable[Segment]) -> list[Piece]:
     return pieces
 
 
+class FilePiece(Protocol):
+    """Bytes of one file that one task reads, from `file_offset` on."""
+
+    @property
+    def file_offset(self) -> int: ...
+
+    def read(self, descriptor: int, path: Path, arena: HostArena) -> None:
+        """Populates its part of the arena and fills it; CheckpointFormatError where the file ends before."""
+        ...
+
+
 class SharedFile:
     """A file that several threads read: opened once, by its first piece, and closed after its last."""
 
@@ -66,7 +92,7 @@ class SharedFile:
         self._file: FileIO | None = None
         self._lock = threading.Lock()
 
-    def read(self, arena: HostArena, piece: Piece) -> None:
+    def read(self, arena: HostArena, piece: FilePiece) -> None:
         """Populates the piece's part of the arena and fills it.
 
         Raises:
@@ -74,14 +100,9 @@ class SharedFile:
             CheckpointError: it can no longer be read.
         """
         try:
-            for segment in _spans(piece):
-                arena.populate(segment.arena_offset, segment.nbytes)
-            _fill(self._descriptor(), self.path, arena, piece)
+            piece.read(self._descriptor(), self.path, arena)
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read at byte {piece.segments[0].file_offset}: "
-                f"{error.strerror or error}"
-            ) from error
+            raise cannot_be_read(self.path, piece.file_offset, error) from error
         finally:
             with self._lock:
                 self._pieces -= 1
@@ -119,20 +140,24 @@ def _spans(piece: Piece) -> Iterable[Segment]:
     return spans
 
 
-def _fill(descriptor: int, path: Path, arena: HostArena, piece: Piece) -> None:
-    segments = list(piece.segments)
-    targets = [arena.memory(segment.arena_offset, segment.nbytes) for segment in segments]
-    offset = segments[0].file_offset
-    first = 0  # of the targets that are not full yet
-    while first < len(targets):
-        count = os.preadv(descriptor, targets[first:], offset)
+def read_into(descriptor: int, targets: Sequence[memoryview], offset: int) -> int:
+    """Fills the targets (at most 1024) in turn from byte `offset` on; how many are full: all, unless the
+    file ends before.
+    """
+    left = list(targets)
+    first = 0  # of those that are not full yet
+    while first < len(left):
+        count = os.preadv(descriptor, left[first:], offset)
         if count == 0:
-            raise CheckpointFormatError(
-                f"{path}: truncated while reading tensor {segments[first].tensor!r} (ends at byte {offset})"
-            )
+            break
         offset += count
-        while first < len(targets) and count >= len(targets[first]):
-            count -= len(targets[first])
+        while first < len(left) and count >= len(left[first]):
+            count -= len(left[first])
             first += 1
         if count:  # a short read ended inside this one
-            targets[first] = targets[first][count:]
+            left[first] = left[first][count:]
+    return first
+
+
+def cannot_be_read(path: Path, offset: int, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read at byte {offset}: {error.strerror or error}")

@@ -1,19 +1,26 @@
 """Which files a checkpoint consists of, and how they are split over ranks.
 
 A checkpoint is one `.safetensors` file or a directory of them. A directory may have an index,
-`model.safetensors.index.json`, whose `weight_map` says which tensor is in which file.
+`model.safetensors.index.json`, whose `weight_map` says which tensor is in which file. Without one, it may
+hold TP-sharded `.npy` files as well, or instead.
 """
 
 from __future__ import annotations
 
-import heapq
 import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
 
+from ckpt_engine.checkpoint.file_split import balance, split_files
+from ckpt_engine.checkpoint.npy_file import (
+    NPY_SUFFIX,
+    PICKLE_SUFFIX,
+    NpyHeader,
+    read_npy_header,
+    sidecar_of,
+)
 from ckpt_engine.checkpoint.safetensors_header import (
     MAX_HEADER_NBYTES,
     SafetensorsHeader,
@@ -29,8 +36,6 @@ SUFFIX = ".safetensors"
 
 logger = logging.getLogger(__name__)
 
-_Key = TypeVar("_Key")
-
 
 @dataclass(frozen=True, slots=True)
 class FileSelection:
@@ -40,17 +45,31 @@ class FileSelection:
     names: frozenset[str] | None = None
 
 
-def checkpoint_files(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of the checkpoint at `path`, sorted: those that its index names, else `*.safetensors`.
+def files_of(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files at `paths`, each a file or a directory of them; each file once.
 
     Raises:
-        CheckpointError: nothing is there, or no `.safetensors` file is.
+        CheckpointError, CheckpointFormatError: as `checkpoint_files`.
+    """
+    return list(dict.fromkeys(file for path in paths for file in checkpoint_files(path)))
+
+
+def checkpoint_files(path: str | os.PathLike[str]) -> list[Path]:
+    """The files of the checkpoint at `path`, sorted: those that its index names, else `*.safetensors` and
+    TP-sharded `*.npy`.
+
+    A `.npy` file beside `.safetensors` files counts only if one of them has a sidecar: it may be anything.
+
+    Raises:
+        CheckpointError: nothing is there, or no file of a checkpoint is.
         CheckpointFormatError: the index is malformed, or names a file that is missing or elsewhere.
     """
     path = Path(path)
     if not path.is_dir():
-        if path.suffix != SUFFIX and path.exists():
-            raise CheckpointError(f"{path} is neither a {SUFFIX} file nor a directory of them")
+        if path.suffix not in (SUFFIX, NPY_SUFFIX) and path.exists():
+            raise CheckpointError(
+                f"{path} is neither a {SUFFIX} or {NPY_SUFFIX} file nor a directory of them"
+            )
         with open_regular(path):  # raises where it is missing, special or forbidden
             return [path]
     if (path / INDEX_NAME).exists():
@@ -60,23 +79,35 @@ def checkpoint_files(path: str | os.PathLike[str]) -> list[Path]:
         found = sorted(
             file
             for file in path.iterdir()
-            if file.suffix == SUFFIX and not file.name.startswith(".") and not file.is_dir()
+            if file.suffix in (SUFFIX, NPY_SUFFIX) and not file.name.startswith(".") and not file.is_dir()
         )
     except OSError as error:
         raise CheckpointError(f"{path} cannot be listed: {error.strerror or error}") from error
+    whole = [file for file in found if file.suffix == SUFFIX]
+    if whole and not any(map(_has_sidecar, found)):
+        return whole
     if not found:
-        raise CheckpointError(f"{path} holds neither {INDEX_NAME} nor any {SUFFIX} file")
+        raise CheckpointError(f"{path} holds neither {INDEX_NAME} nor any {SUFFIX} or {NPY_SUFFIX} file")
     return found
 
 
-def describe(path: str | os.PathLike[str]) -> list[tuple[Path, SafetensorsHeader]]:
-    """Every file of the checkpoint at `path` with its header; files of 0 bytes are left out.
+def _has_sidecar(file: Path) -> bool:
+    pickled = file.with_name(file.name + PICKLE_SUFFIX)
+    return file.suffix == NPY_SUFFIX and (sidecar_of(file).exists() or pickled.exists())
+
+
+def describe(path: str | os.PathLike[str]) -> list[tuple[Path, SafetensorsHeader | NpyHeader]]:
+    """Every file of the checkpoint at `path` with its header; `.safetensors` of 0 bytes are left out.
 
     Raises:
-        CheckpointError, CheckpointFormatError: as `checkpoint_files` and `read_header`.
+        CheckpointError, CheckpointFormatError: as `checkpoint_files`, `read_header` and `read_npy_header`.
     """
-    headers = ((file, read_header_unless_empty(file)) for file in checkpoint_files(path))
+    headers = ((file, _header_of(file)) for file in checkpoint_files(path))
     return [(file, header) for file, header in headers if header is not None]
+
+
+def _header_of(file: Path) -> SafetensorsHeader | NpyHeader | None:
+    return read_npy_header(file) if file.suffix == NPY_SUFFIX else read_header_unless_empty(file)
 
 
 def split_checkpoint(path: str | os.PathLike[str], rank: int, world_size: int) -> list[FileSelection]:
@@ -87,7 +118,7 @@ def split_checkpoint(path: str | os.PathLike[str], rank: int, world_size: int) -
 
     Raises:
         ConfigError: not 0 <= rank < world_size.
-        CheckpointError, CheckpointFormatError: as `checkpoint_files` and `read_header`; or the index names
+        CheckpointError, CheckpointFormatError: as `describe`; or the index names
             a tensor that its file does not have.
     """
     if not 0 <= rank < world_size:
@@ -95,8 +126,7 @@ def split_checkpoint(path: str | os.PathLike[str], rank: int, world_size: int) -
     path = Path(path)
     if path.is_dir() and (path / INDEX_NAME).exists():
         return _split_by_tensor(path, rank, world_size)
-    sizes = [(file.stat().st_size, file) for file in checkpoint_files(path)]
-    return [FileSelection(file) for file in sorted(_balance(sizes, world_size)[rank])]
+    return [FileSelection(file) for file in split_files(checkpoint_files(path), world_size)[rank]]
 
 
 def _split_by_tensor(directory: Path, rank: int, world_size: int) -> list[FileSelection]:
@@ -133,23 +163,9 @@ def _split_by_tensor(directory: Path, rank: int, world_size: int) -> list[FileSe
         sizes.extend((in_file[name], (name, file)) for name in sorted(names | set(unlisted)))
 
     share: dict[Path, set[str]] = {}
-    for name, file in _balance(sizes, world_size)[rank]:
+    for name, file in balance(sizes, world_size)[rank]:
         share.setdefault(file, set()).add(name)
     return [FileSelection(file, frozenset(names)) for file, names in sorted(share.items())]
-
-
-def _balance(sizes: Iterable[tuple[int, _Key]], world_size: int) -> list[list[_Key]]:
-    """Deals `(nbytes, key)` to ranks: the largest first, each to the rank with the fewest bytes so far.
-
-    Ties go by key, then to the lower rank, so that every rank deals alike.
-    """
-    shares: list[list[_Key]] = [[] for _ in range(world_size)]
-    loads = [(0, rank) for rank in range(world_size)]
-    for nbytes, key in sorted(sizes, key=lambda item: (-item[0], item[1])):
-        load, rank = loads[0]
-        shares[rank].append(key)
-        heapq.heapreplace(loads, (load + nbytes, rank))
-    return shares
 
 
 def _read_weight_map(directory: Path) -> dict[str, Path]:

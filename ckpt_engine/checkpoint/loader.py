@@ -6,50 +6,28 @@ Files in memory may be taken where they are instead. Where there is a pinner, al
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ckpt_engine.checkpoint.arena import HostArena, default_threads
-from ckpt_engine.checkpoint.file_reads import Segment, SharedFile, cut_pieces
+from ckpt_engine.checkpoint.file_reads import FilePiece, Segment, SharedFile, cut_pieces
 from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.in_place import Taken, taken_in_place
-from ckpt_engine.checkpoint.index import FileSelection
 from ckpt_engine.checkpoint.mapped_file import MappedFile
-from ckpt_engine.checkpoint.packing import BUFFER_LIMIT, TensorSpec, pack
+from ckpt_engine.checkpoint.packing import BUFFER_LIMIT, pack
 from ckpt_engine.checkpoint.pool import ArenaPool
-from ckpt_engine.checkpoint.safetensors_header import (
-    HeaderEntry,
-    SafetensorsHeader,
-    read_header_unless_empty,
-)
-from ckpt_engine.checkpoint.tensor_copies import cut_copies, tensor_spec, wait_for_producers
-from ckpt_engine.errors import CheckpointFormatError, ConfigError
+from ckpt_engine.checkpoint.sources import FileSource, Source, collect_sources
+from ckpt_engine.checkpoint.strided_reads import file_pieces, replica_checks
+from ckpt_engine.checkpoint.tensor_copies import cut_copies, wait_for_producers
 from ckpt_engine.host_memory import HostMemoryPinner
 
 logger = logging.getLogger(__name__)
-
-FileSource = str | os.PathLike[str] | FileSelection
-"""A `.safetensors` file, or some of its tensors."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a tensor comes from: an entry of a file, or a tensor of the caller."""
-
-    spec: TensorSpec
-    of_file: tuple[SafetensorsHeader, HeaderEntry] | None = None
-    tensor: torch.Tensor | None = None
-
-    def __str__(self) -> str:
-        return "named_tensors" if self.of_file is None else str(self.of_file[0].path)
 
 
 def load(
@@ -168,49 +146,6 @@ def _fill(
     arena.populated = True
 
 
-def collect_sources(
-    files: Sequence[FileSource] | None, named_tensors: Mapping[str, torch.Tensor] | None
-) -> dict[str, Source]:
-    """Reads all headers; tensor name -> its one source."""
-    if isinstance(files, (str, bytes, os.PathLike, FileSelection)):
-        raise ConfigError(f"files={files!r}: give a list of files")
-    if named_tensors is not None and not isinstance(named_tensors, Mapping):
-        raise ConfigError(
-            f"named_tensors is a {type(named_tensors).__name__}: give a mapping of names to tensors"
-        )
-    sources: dict[str, Source] = {}
-
-    def add(source: Source) -> None:
-        first = sources.setdefault(source.spec.name, source)
-        if first is not source:
-            raise CheckpointFormatError(
-                f"tensor {source.spec.name!r} is there twice: in {first} and in {source}"
-            )
-
-    for file in files or ():
-        for header, entry in _selected(file):
-            spec = TensorSpec(entry.name, entry.dtype, entry.shape, entry.nbytes)
-            add(Source(spec, of_file=(header, entry)))
-    for name, tensor in (named_tensors or {}).items():
-        add(Source(tensor_spec(name, tensor), tensor=tensor))
-    return sources
-
-
-def _selected(file: FileSource) -> list[tuple[SafetensorsHeader, HeaderEntry]]:
-    if not isinstance(file, FileSelection):
-        if not isinstance(file, (str, os.PathLike)):
-            raise ConfigError(f"files: {file!r} is neither a path nor a FileSelection")
-        file = FileSelection(Path(file))
-    header = read_header_unless_empty(file.path)
-    entries = header.tensors if header is not None else ()
-    if file.names is not None:
-        lacking = sorted(file.names - {entry.name for entry in entries})
-        if lacking:
-            raise CheckpointFormatError(f"{file.path}: has no tensor {lacking[0]!r}, which was selected")
-        entries = tuple(entry for entry in entries if entry.name in file.names)
-    return [(header, entry) for entry in entries] if header is not None else []
-
-
 def _file_tasks(
     arena: HostArena,
     sources: Mapping[str, Source],
@@ -224,12 +159,17 @@ def _file_tasks(
             header, entry = source.of_file
             segment = Segment(name, entry.begin, places[name], entry.nbytes)
             segments.setdefault(header.path, []).append(segment)
+    sharded = {name: source.sharded for name, source in sources.items() if source.sharded is not None}
+    pieces_of: dict[Path, Sequence[FilePiece]] = {
+        **{path: cut_pieces(of_file) for path, of_file in segments.items()},
+        **file_pieces((tensor, places[name]) for name, tensor in sharded.items()),
+    }
     tasks: list[Callable[[], None]] = []
-    for path, of_file in segments.items():
-        pieces = cut_pieces(of_file)
+    for path, pieces in pieces_of.items():
         file = SharedFile(path, len(pieces))
         shared_files.append(file)
         tasks.extend(partial(file.read, arena, piece) for piece in pieces)
+    tasks.extend(check.run for tensor in sharded.values() for check in replica_checks(tensor))
     return tasks
 
 

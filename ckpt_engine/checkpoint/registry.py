@@ -9,8 +9,9 @@ import torch
 
 from ckpt_engine.checkpoint.arena import HostArena
 from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
-from ckpt_engine.checkpoint.loader import FileSource, load
+from ckpt_engine.checkpoint.loader import load
 from ckpt_engine.checkpoint.pool import ArenaPool
+from ckpt_engine.checkpoint.sources import FileSource
 from ckpt_engine.checkpoint.tensor_copies import has_lone_surrogate
 from ckpt_engine.errors import CheckpointError, CheckpointExistsError, ConfigError, UnknownCheckpointError
 from ckpt_engine.host_memory import HostMemoryPinner

@@ -15,7 +15,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +94,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             raise CheckpointFormatError(
                 f"{path}: {file_nbytes} bytes are too few for a safetensors file (its first 8 are a length)"
             )
-        header_nbytes = int.from_bytes(_read_exactly(file, _LENGTH_NBYTES, path), "little")
+        header_nbytes = int.from_bytes(read_exactly(file, _LENGTH_NBYTES, path), "little")
         data_begin = _LENGTH_NBYTES + header_nbytes
         # The file's end first: it is what a truncated download and a file of another kind run into.
         if data_begin > file_nbytes:
@@ -106,7 +106,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             raise CheckpointFormatError(
                 f"{path}: a header of {header_nbytes} bytes is over the limit of {MAX_HEADER_NBYTES}"
             )
-        text = _read_exactly(file, header_nbytes, path)
+        text = read_exactly(file, header_nbytes, path)
     fields = parse_json_object(text, f"{path}: header")
     fields.pop("__metadata__", None)
     tensors = [_entry(path, name, value, data_begin, file_nbytes) for name, value in fields.items()]
@@ -182,7 +182,12 @@ def parse_json_object(text: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _read_exactly(file: BinaryIO, nbytes: int, path: Path) -> bytes:
+def read_exactly(file: BinaryIO, nbytes: int, path: Path) -> bytes:
+    """The file's next `nbytes` bytes.
+
+    Raises:
+        CheckpointFormatError: it ends before.
+    """
     parts: list[bytes] = []
     while nbytes:
         part = file.read(nbytes)
@@ -222,14 +227,9 @@ def _entry(path: Path, name: str, value: object, data_begin: int, file_nbytes: i
     if not _are_sizes(offsets) or len(offsets) != 2:
         raise lie(f"data_offsets {offsets!r} are not two integers from 0 up")
 
-    nbytes = DTYPE_NBYTES[dtype]
-    for size in shape:
-        # A zero must not hide the others: torch computes strides from them.
-        nbytes *= size or 1
-        if nbytes > _MAX_INT:
-            raise lie(f"shape {shape} of {dtype} overflows 63 bits")
-    if 0 in shape:
-        nbytes = 0
+    nbytes = nbytes_of(dtype, shape)
+    if nbytes is None:
+        raise lie(f"shape {shape} of {dtype} overflows 63 bits")
     begin, end = offsets
     if begin > end:
         raise lie(f"data_offsets {offsets} are reversed")
@@ -241,6 +241,17 @@ def _entry(path: Path, name: str, value: object, data_begin: int, file_nbytes: i
     if end - begin != nbytes:
         raise lie(f"data_offsets {offsets} span {end - begin} bytes, but {shape} of {dtype} is {nbytes}")
     return HeaderEntry(name, dtype, tuple(shape), data_begin + begin, data_begin + end)
+
+
+def nbytes_of(dtype: str, shape: Sequence[int]) -> int | None:
+    """Bytes of a tensor; None where it, or one of its strides, would not fit 63 bits."""
+    nbytes = DTYPE_NBYTES[dtype]
+    for size in shape:
+        # A zero must not hide the others: torch computes strides from them.
+        nbytes *= size or 1
+        if nbytes > _MAX_INT:
+            return None
+    return 0 if 0 in shape else nbytes
 
 
 def _are_sizes(value: object) -> TypeGuard[list[int]]:

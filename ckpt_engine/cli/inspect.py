@@ -13,13 +13,14 @@ import typer
 from ckpt_engine.cli import AsJson, Verbose, format_nbytes, print_table, printable, table_console
 
 if TYPE_CHECKING:
-    from ckpt_engine.checkpoint import SafetensorsHeader
+    from ckpt_engine.checkpoint import HeaderEntry, NpyHeader, SafetensorsHeader
+    from ckpt_engine.checkpoint.tensor_shards import ShardedTensor
 
 _LARGEST = 10
 
 
 def inspect_checkpoint(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file, or a directory of them.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint's file, or a directory of them.")],
     all_tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
@@ -38,20 +39,16 @@ def inspect_checkpoint(
 
 
 def summarize(
-    path: Path, files: Sequence[tuple[Path, SafetensorsHeader]], *, all_tensors: bool
+    path: Path, files: Sequence[tuple[Path, SafetensorsHeader | NpyHeader]], *, all_tensors: bool
 ) -> dict[str, Any]:
-    """The checkpoint as JSON-ready data. `bytes` are the tensors', without headers."""
-    tensors: list[dict[str, Any]] = [
-        {
-            "name": entry.name,
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "bytes": entry.nbytes,
-            "file": file.name,
-        }
-        for file, header in files
-        for entry in header.tensors
-    ]
+    """The checkpoint as JSON-ready data. `bytes` are the tensors', without headers.
+
+    A tensor of several shards is one, with the first one's file.
+
+    Raises:
+        CheckpointFormatError: a shard is missing, or shards disagree.
+    """
+    tensors = _tensors(files)
     counts: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     for tensor in tensors:
@@ -76,6 +73,30 @@ def summarize(
     if all_tensors:
         summary["all_tensors"] = sorted(tensors, key=lambda tensor: (tensor["name"], tensor["file"]))
     return summary
+
+
+def _tensors(files: Sequence[tuple[Path, SafetensorsHeader | NpyHeader]]) -> list[dict[str, Any]]:
+    from ckpt_engine.checkpoint import SafetensorsHeader
+    from ckpt_engine.checkpoint.tensor_shards import assemble
+
+    def row(tensor: HeaderEntry | ShardedTensor, file: Path, shards: int) -> dict[str, Any]:
+        return {
+            "name": tensor.name,
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "bytes": tensor.nbytes,
+            "file": file.name,
+            "shards": shards,
+        }
+
+    whole = [
+        row(entry, file, 1)
+        for file, header in files
+        if isinstance(header, SafetensorsHeader)
+        for entry in header.tensors
+    ]
+    sharded = assemble([(header, None) for _, header in files if not isinstance(header, SafetensorsHeader)])
+    return whole + [row(tensor, tensor.shards[0].path, len(tensor.shards)) for tensor in sharded]
 
 
 def _show(summary: dict[str, Any]) -> None:
@@ -112,7 +133,7 @@ def _show(summary: dict[str, Any]) -> None:
                 tensor["dtype"],
                 str(tensor["shape"]),
                 format_nbytes(tensor["bytes"]),
-                printable(tensor["file"]),
+                printable(tensor["file"]) + f" and {tensor['shards'] - 1} more" * (tensor["shards"] > 1),
             )
             for tensor in summary[shown]
         ),

@@ -19,6 +19,7 @@ import typer
 from ckpt_engine import __version__
 from ckpt_engine.cli import Verbose
 from ckpt_engine.cli.compat import compat
+from ckpt_engine.cli.convert_metadata import convert_metadata
 from ckpt_engine.cli.doctor import doctor
 from ckpt_engine.cli.inspect import inspect_checkpoint
 from ckpt_engine.cli.plan import plan_update
@@ -138,6 +139,7 @@ app.command("inspect")(reported(inspect_checkpoint))
 app.command("plan")(reported(plan_update))
 app.command("report")(reported(report))
 app.command("doctor")(reported(doctor))
+app.command("convert-metadata")(reported(convert_metadata))
 app.command("compat")(reported(compat))
 app.command("demo")(reported(demo))
 

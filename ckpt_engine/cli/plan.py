@@ -32,7 +32,7 @@ class Kind(str, Enum):
 
 def plan_update(
     path: Annotated[
-        Path | None, typer.Argument(help="A .safetensors file, or a directory of them.", show_default=False)
+        Path | None, typer.Argument(help="A checkpoint's file, or a directory of them.", show_default=False)
     ] = None,
     world_size: Annotated[
         int | None, typer.Option(min=1, help="Ranks, one per device.", show_default="the cluster's")
@@ -125,8 +125,8 @@ def _metas(path: Path | None, world_size: int | None, cluster: Cluster | None) -
 def metas_from_headers(path: Path, world_size: int) -> Metas:
     """What every rank would hold after `update` registered its share; only the addresses are not real."""
     from ckpt_engine.checkpoint import split_checkpoint
-    from ckpt_engine.checkpoint.loader import collect_sources  # with its checks: what it refuses has no plan
     from ckpt_engine.checkpoint.packing import pack
+    from ckpt_engine.checkpoint.sources import collect_sources  # with its checks: what it refuses has no plan
     from ckpt_engine.metadata import HostBufferMeta, RankMetas
 
     metas: Metas = {}

@@ -43,7 +43,7 @@ def update(
     checkpoint_path: Annotated[
         Path | None,
         typer.Option(
-            help="A .safetensors file, or a directory of them with or without an index.", show_default=False
+            help="A .safetensors file, or a directory of them or of .npy shards.", show_default=False
         ),
     ] = None,
     checkpoint_name: Annotated[str, typer.Option(help="Its name.")] = "my-checkpoint-iter-0",

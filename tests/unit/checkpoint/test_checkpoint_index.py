@@ -23,7 +23,8 @@ from ckpt_engine.checkpoint import (
     read_header,
     split_checkpoint,
 )
-from ckpt_engine.checkpoint.index import INDEX_NAME, _balance
+from ckpt_engine.checkpoint.file_split import balance
+from ckpt_engine.checkpoint.index import INDEX_NAME
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError, ConfigError
 
 
@@ -47,14 +48,14 @@ def test_the_index_decides_which_files(tmp_path: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"nor any \.safetensors file"):
+    with pytest.raises(CheckpointError, match=r"nor any \.safetensors or \.npy file"):
         checkpoint_files(tmp_path)
     with pytest.raises(CheckpointError, match=r"missing\.safetensors does not exist"):
         checkpoint_files(tmp_path / "missing.safetensors")
     with pytest.raises(CheckpointError, match="missing does not exist"):
         checkpoint_files(str(tmp_path / "missing"))
     (tmp_path / "weights.bin").write_text("x")
-    with pytest.raises(CheckpointError, match=r"weights.bin is neither a .safetensors file nor"):
+    with pytest.raises(CheckpointError, match=r"weights.bin is neither a .safetensors or .npy file nor"):
         checkpoint_files(tmp_path / "weights.bin")
 
 
@@ -146,16 +147,16 @@ def test_split_covers_everything_once(index: bool, world_size: int, tmp_path: Pa
 @settings(derandomize=True, print_blob=True, deadline=None)
 @given(st.lists(st.integers(0, 1000), max_size=60), st.integers(1, 9))
 def test_balance(nbytes: list[int], world_size: int) -> None:
-    shares = _balance([(size, key) for key, size in enumerate(nbytes)], world_size)
+    shares = balance([(size, key) for key, size in enumerate(nbytes)], world_size)
     assert sorted(key for share in shares for key in share) == list(range(len(nbytes)))
     loads = [sum(nbytes[key] for key in share) for share in shares]
     # Largest first: no rank is ahead of another by more than one tensor.
     assert max(loads) - min(loads) <= max(nbytes, default=0)
-    assert _balance(reversed([(size, key) for key, size in enumerate(nbytes)]), world_size) == shares
+    assert balance(reversed([(size, key) for key, size in enumerate(nbytes)]), world_size) == shares
 
 
 def test_balance_is_largest_first_then_lowest_rank() -> None:
-    assert _balance([(1, "a"), (1, "b"), (5, "c"), (3, "d")], 2) == [["c"], ["d", "a", "b"]]
+    assert balance([(1, "a"), (1, "b"), (5, "c"), (3, "d")], 2) == [["c"], ["d", "a", "b"]]
 
 
 def test_split_of_one_file(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from ckpt_engine.checkpoint import (
     file_reads,
     load,
     loader,
+    sources,
     tensor_copies,
 )
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError, ConfigError, HostMemoryError
@@ -240,14 +241,14 @@ def test_a_broken_file_is_named(tmp_path: Path, arenas: Arenas) -> None:
 
 def cut_after_header(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """Each file loses its last `nbytes` bytes once its header has been read."""
-    real = loader.read_header_unless_empty
+    real = sources.read_header_unless_empty
 
     def read_and_cut(path: Path) -> SafetensorsHeader | None:
         header = real(path)
         os.truncate(path, Path(path).stat().st_size - nbytes)
         return header
 
-    monkeypatch.setattr(loader, "read_header_unless_empty", read_and_cut)
+    monkeypatch.setattr(sources, "read_header_unless_empty", read_and_cut)
 
 
 def test_truncated_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arenas: Arenas) -> None:
@@ -265,14 +266,14 @@ def test_truncated_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_removed_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arenas: Arenas) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "a")
-    real = loader.read_header_unless_empty
+    real = sources.read_header_unless_empty
 
     def read_and_remove(path: Path) -> SafetensorsHeader | None:
         header = real(path)
         Path(path).unlink()
         return header
 
-    monkeypatch.setattr(loader, "read_header_unless_empty", read_and_remove)
+    monkeypatch.setattr(sources, "read_header_unless_empty", read_and_remove)
     with pytest.raises(CheckpointError, match=r"a cannot be read at byte .*: No such file"):
         load("c", [tmp_path / "a"])
     assert arenas[0]() is None

@@ -9,8 +9,32 @@ import torch
 from safetensors.torch import save_file
 
 from ckpt_engine.cli import format_nbytes, printable
+from tests.support.npy_files import NpyFile
 
 Cli = Callable[..., Any]
+
+
+def test_shards_are_one_tensor(cli: Cli, tmp_path: Path) -> None:
+    for tp in range(2):
+        NpyFile([("w", torch.zeros(4, 3), 1)]).write(tmp_path / f"model.0.{tp}.npy")
+    summary = json.loads(cli("inspect", tmp_path, "--json").stdout)
+    assert summary["tensors"] == 1
+    assert summary["names_in_several_files"] == []
+    assert summary["largest"] == [
+        {
+            "name": "w",
+            "dtype": "float32",
+            "shape": [4, 6],
+            "bytes": 96,
+            "file": "model.0.0.npy",
+            "shards": 2,
+        }
+    ]
+    assert "model.0.0.npy and 1 more" in cli("inspect", tmp_path).stdout
+    (tmp_path / "model.0.0.npy").unlink()
+    done = cli("inspect", tmp_path)
+    assert done.exit_code == 1
+    assert "shard 0 of 2 is missing: model.0.0.npy is not among the files" in done.stderr
 
 
 def test_json(cli: Cli, checkpoint: Path) -> None:
@@ -30,6 +54,7 @@ def test_json(cli: Cli, checkpoint: Path) -> None:
         "shape": [2048],
         "bytes": 8192,
         "file": "one.safetensors",
+        "shards": 1,
     }
     assert summary["names_in_several_files"] == []
     assert "all_tensors" not in summary

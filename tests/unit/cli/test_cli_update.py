@@ -26,6 +26,7 @@ from ckpt_engine.errors import ConfigError
 from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta, metas_from_json, metas_to_json
 from ckpt_engine.server.engine_client import request_timeout
 from tests.support.mooncake import need_mooncake
+from tests.support.npy_files import NpyFile
 
 Cli = Callable[..., Any]
 
@@ -268,6 +269,15 @@ def test_by_file_through_the_engine(cli: Cli, checkpoint: Path, engine: Engine) 
     done = cli(*args, "--split", "file", "--custom-dist")
     assert done.exit_code == 0, done.output
     assert len(engine.weights) == 4
+
+
+def test_shards_through_the_engine(cli: Cli, engine: Engine, tmp_path: Path) -> None:
+    whole = torch.arange(24, dtype=torch.float32).view(4, 6)
+    for tp, shard in enumerate(whole.chunk(2, 1)):
+        NpyFile([("w", shard, 1)]).write(tmp_path / f"model.0.{tp}.npy", tp_size=2)
+    done = cli("update", "--checkpoint-path", tmp_path, "--endpoint", engine.url)
+    assert done.exit_code == 0, done.output
+    assert torch.equal(engine.weights["w"], whole)
 
 
 def test_groups_that_cannot_be_had(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
