@@ -54,8 +54,7 @@ test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
 
 test-sglang-other: .venv-sglang/.stamp  ## The same on another SGLang: SGLANG=0.5.22, else the newest there is
 	rm -rf .venv-sglang/other
-	.venv-sglang/bin/python -m pip -qq --disable-pip-version-check install --no-deps --target .venv-sglang/other \
-	  sglang$(if $(SGLANG),==$(SGLANG))
+	.venv-sglang/bin/python -m tests.engines.sglang.other_version .venv-sglang/other $(SGLANG)
 	PYTHONPATH=$(CURDIR)/.venv-sglang/other .venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests

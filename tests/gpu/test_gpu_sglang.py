@@ -35,6 +35,7 @@ def server(
         SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK="1",
         SGLANG_IS_FLASHINFER_AVAILABLE="false",
         SGLANG_NATIVE_OPS="1",
+        TORCHDYNAMO_DISABLE="1",
     )
     try:
         yield made.wait(), checkpoints, request.param

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.multihost.network import Network
+from tests.multihost.network import Network, permitted
 from tests.support.joins import Launch
 from tests.support.mooncake import need_mooncake
 from tests.support.steered import Engines, Fleet
@@ -19,9 +18,8 @@ HOSTS = 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    able = os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("tc") is not None
     for item in items:
-        if item.path.is_relative_to(HERE) and not able:
+        if item.path.is_relative_to(HERE) and not permitted():
             if os.environ.get("CI") and os.geteuid() == 0:
                 raise pytest.UsageError("iproute2 is needed for the tests of several hosts: make system")
             item.add_marker(pytest.mark.skip(reason="needs root and iproute2 (make system)"))

@@ -6,13 +6,21 @@ Needs root and iproute2. What a killed run left behind, the next one removes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
+import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 NAMESPACES = Path("/run/netns")
+CLONE_NEWNET = 0x40000000
+
+
+def permitted() -> bool:
+    """Whether this process may make a Network."""
+    return os.geteuid() == 0 and shutil.which("ip") is not None and shutil.which("tc") is not None
 
 
 def ip(*arguments: str) -> None:
@@ -56,6 +64,16 @@ class Network:
         """What runs a command on a host; it becomes the command, with the same pid."""
         return ("ip", "netns", "exec", self._names[host])
 
+    @contextlib.contextmanager
+    def inside(self, host: int) -> Iterator[None]:
+        """Meanwhile this thread is on a host, with what it connects to and the processes that it starts."""
+        with open("/proc/thread-self/ns/net") as here, open(NAMESPACES / self._names[host]) as there:
+            _enter(there.fileno())
+            try:
+                yield
+            finally:
+                _enter(here.fileno())
+
     def environment(self, host: int) -> dict[str, str]:
         """Of a rank there."""
         return {"GLOO_SOCKET_IFNAME": "eth0", "PS_HOST_IP": self.address(host)}
@@ -77,6 +95,12 @@ class Network:
         for name in [*self._names, self._switch]:
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "del", name)
+
+
+def _enter(namespace: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.setns(namespace, CLONE_NEWNET) != 0:
+        raise OSError(ctypes.get_errno(), "setns")
 
 
 def sweep() -> None:

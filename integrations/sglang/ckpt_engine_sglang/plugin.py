@@ -11,8 +11,11 @@ import asyncio
 import importlib.util
 import logging
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+from ckpt_engine.compat import DIRECTORY
 from ckpt_engine_sglang import guard, layouts
 from ckpt_engine_sglang.versions import MAKE_MODEL, MANAGER, TOKENIZER, unknown_layout
 
@@ -35,6 +38,13 @@ def register() -> None:
     if problem is not None:
         serve_stock_handler(problem)
         return
+    other = other_package()
+    if other is not None:
+        logger.warning(
+            "ckpt-engine takes this SGLang's updates, not %s: they must come from ckpt-engine's parameter "
+            "servers. To update from those of that package, set SGLANG_PLUGINS to a list without ckpt_engine",
+            other,
+        )
     HookRegistry.register(f"{MANAGER}.update_weights_from_ipc", update_weights_from_ipc, HookType.REPLACE)
     HookRegistry.register(MAKE_MODEL, layouts.remember, HookType.AFTER)
     HookRegistry.register(f"{TOKENIZER}.update_weights_from_ipc", note_outcome, HookType.AROUND)
@@ -81,13 +91,13 @@ def serve_stock_handler(problem: str) -> None:
     Args:
         problem: why this plugin's handler does not serve.
     """
-    other = importlib.util.find_spec(STOCK_PACKAGE)
+    other = other_package()
     if other is not None:
         logger.warning(
-            "ckpt-engine does not take this SGLang's updates: %s. SGLang's own handler does, with the "
-            "package %s at %s. Unless that is ours (`ckpt-engine compat`), updates must come from its own "
-            "parameter servers",
-            *(problem, STOCK_PACKAGE, other.origin),
+            "ckpt-engine does not take this SGLang's updates: %s. SGLang's own handler does, with %s, which "
+            "cannot talk to ckpt-engine's parameter servers. Either update from its own, or `pip uninstall "
+            "checkpoint-engine` and restart the server, which then updates with ckpt-engine's worker",
+            *(problem, other),
         )
         return
     logger.warning(
@@ -100,3 +110,16 @@ def serve_stock_handler(problem: str) -> None:
 
     setattr(checkpoint_engine, "worker", stock_worker)  # noqa: B010 - the module has one of its own
     sys.modules[STOCK_PACKAGE], sys.modules[f"{STOCK_PACKAGE}.worker"] = checkpoint_engine, stock_worker
+
+
+def other_package() -> str | None:
+    """Which package SGLang's own handler would import, and where it is; None: there is none but ours."""
+    spec = importlib.util.find_spec(STOCK_PACKAGE)
+    places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not places or Path(places[0]).is_relative_to(DIRECTORY):
+        return None
+    try:
+        release = version("checkpoint-engine")
+    except PackageNotFoundError:
+        release = "of an unknown version"
+    return f"the package checkpoint-engine {release} ({places[0]})"

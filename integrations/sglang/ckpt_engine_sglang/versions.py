@@ -100,6 +100,21 @@ def is_idle(scheduler: Any) -> bool:  # noqa: ANN401 - SGLang's Scheduler
     return bool(scheduler.is_fully_idle())
 
 
+def state_problem(manager: Any) -> str | None:  # noqa: ANN401 - SchedulerWeightUpdaterManager
+    """What must end before this engine's weights can be written; the caller's own words: what to ask it."""
+    if "weights" in getattr(manager, "offload_tags", ()):
+        return (
+            "its weights are released (/release_memory_occupation), so that there is nothing to write to: "
+            'first POST {"tags": ["weights"]} to /resume_memory_occupation'
+        )
+    if getattr(manager, "_session", None) is not None:
+        return (
+            "another weight update is open (/begin_weight_update), whose end would process these weights "
+            "once more: first POST to /end_weight_update"
+        )
+    return None
+
+
 def flush_caches(manager: Any, request: Any, success: bool, message: str) -> str:  # noqa: ANN401
     """What SGLang says then; up to 0.5.21 it asserts that no request is in the way, and says nothing."""
     flush = manager.flush_cache_after_weight_update

@@ -98,6 +98,9 @@ class WorkerUpdate:
         """Everything that can be known to fail, while nothing is touched."""
         self._refused = True
         self._rules = self._make_rules()
+        problem = versions.state_problem(self._manager)
+        if problem is not None:
+            raise ConfigError(problem)
         self._refuse_busy()
         for model in self._models:
             model.refuse_unsupported()

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from ckpt_engine import ParameterServer
 from ckpt_engine.update.session import UpdateReport
 from tests.engines.sglang.servers import Server, end_group
+from tests.integration.conftest import free_port
 
 RANK_SECONDS = 280.0
 SocketPaths = list[tuple[str, str]]
@@ -68,6 +69,61 @@ def command_line(*arguments: object, **environment: str) -> subprocess.Completed
     finally:
         end_group(process)  # a launcher that is killed leaves its ranks behind
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def launch_on_hosts(
+    servers: Sequence[Server],
+    model: Path,
+    *arguments: str,
+    master: str = "127.0.0.1",
+    on_host: Callable[[int], AbstractContextManager[object]] = nullcontext,
+    **environment: str,
+) -> list[subprocess.CompletedProcess[str]]:
+    """The command on each host, with one rank for its own server.
+
+    Args:
+        servers: one for each host.
+        master: address of host 0.
+        on_host: in which the command is started there.
+    """
+    port = free_port()
+    with ExitStack() as ending:
+        made = []
+        for node, server in enumerate(servers):
+            command = [
+                *(sys.executable, "-m", "ckpt_engine_sglang.sglang_update"),
+                *("--checkpoint-path", str(model), "--checkpoint-name", "everywhere"),
+                *(part for each in servers for part in ("--endpoint", each.url)),
+                *("--nnodes", str(len(servers)), "--node-rank", str(node), "--inference-parallel-size", "1"),
+                *("--master-addr", master, "--master-port", str(port), *arguments),
+            ]
+            with on_host(node):
+                process = subprocess.Popen(
+                    command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env={
+                        **os.environ,
+                        "CKPT_ENGINE_HOST_ID": server.host,
+                        "OMP_NUM_THREADS": "1",
+                        **environment,
+                    },
+                    start_new_session=True,
+                )
+            ending.callback(end_group, process)
+            made.append(process)
+        return [_completed(process) for process in made]
+
+
+def _completed(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """One that does not end is killed, so that what it and the others said is known."""
+    try:
+        text = process.communicate(timeout=RANK_SECONDS)
+    except subprocess.TimeoutExpired:
+        end_group(process)
+        text = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, *text)
 
 
 @contextmanager

@@ -52,6 +52,7 @@ class Scheduler:
 
     runners: list[tuple[str, Any]]
     idle: bool = True
+    offload_tags: set[str] = field(default_factory=set)
     did: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class Server:
         devices: CKPT_ENGINE_CPU_DEVICES.
         host: CKPT_ENGINE_HOST_ID.
         device: cpu or cuda.
+        address: where it listens.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Server:
         devices: str = "0",
         host: str = "here",
         device: str = "cpu",
+        address: str = "127.0.0.1",
         **environment: str,
     ) -> None:
         self.model, self.log, self.tp_size, self.host = model, log, tp_size, host
         self.port = _free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http://{address}:{self.port}"
         self.client = SglangServer(self.url)
         self.faults = log.with_suffix(".faults")
         settings = {
@@ -98,7 +100,7 @@ class Server:
             )
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
-            *("--host", "127.0.0.1", "--port", str(self.port), "--tp-size", str(tp_size)),
+            *("--host", address, "--port", str(self.port), "--tp-size", str(tp_size)),
             *("--load-format", "dummy" if dummy else "auto", "--device", device),
             *(*_ARGUMENTS, *arguments),
         ]

@@ -219,6 +219,35 @@ def test_requests_that_are_running(server: Server, disk_server: Server, checkpoi
 
 
 @pytest.mark.parametrize(
+    ("begin", "end", "told"),
+    [
+        ("/release_memory_occupation", "/resume_memory_occupation", "its weights are released"),
+        ("/begin_weight_update", "/end_weight_update", "another weight update is open"),
+    ],
+)
+def test_a_state_in_which_weights_cannot_be_written(
+    server: Server, disk_server: Server, checkpoints: Checkpoints, begin: str, end: str, told: str
+) -> None:
+    update_from(server, checkpoints("llama", 1), weight_version="good")
+    body = {"tags": ["weights"]} if begin == "/release_memory_occupation" else {}
+    begun = server.post(begin, **body)
+    if begun.status_code == 404:
+        pytest.skip(f"this SGLang has no {begin}")
+    assert begun.status_code == 200, begun.text
+    try:
+        with pytest.raises(UpdateError, match=told) as caught:
+            update_from(server, checkpoints("llama", 2), weight_version="bad")
+        assert end in str(caught.value)
+        assert caught.value.touched is False
+    finally:
+        assert server.post(end, **body).status_code == 200
+    assert server.state() == disk_server.state()
+    assert server.generate()[1] == "good"
+    update_from(server, checkpoints("llama", 1), weight_version="after")
+    assert server.state() == disk_server.state()
+
+
+@pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--inference-parallel-size", 2), "has 1 ranks (--tp-size times --pp-size), but 2 ranks would"),

@@ -1,4 +1,4 @@
-"""A server that gets its weights from the memory of parameter servers that another server was updated by."""
+"""A server that gets its weights from the memory of parameter servers that already hold them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.engines.sglang.parameter_servers import command_line, update_from
 from tests.engines.sglang.servers import Checkpoints, Server, end_group
+from tests.integration.conftest import free_port
 
 pytestmark = pytest.mark.timeout(600)
 SAVE_SECONDS = 120.0
@@ -61,3 +63,44 @@ def test_a_server_joins(
     finally:
         end_group(fleet)
         disk_server.load_from_disk(checkpoints("llama", 1))
+
+
+def test_a_server_joins_a_fleet_that_serves(
+    server: Server, disk_server: Server, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """`ckpt-engine serve` tells what it holds over HTTP; no server was updated by it."""
+    pytest.importorskip("mooncake.engine", reason="mooncake is not installed, or libibverbs is missing")
+    update_from(server, checkpoints("llama", 2))
+    port = free_port()
+    token = {"CKPT_ENGINE_API_TOKEN": "sesame"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "ckpt_engine.cli.main", "serve", "--port", str(port)],
+        env={**os.environ, **token, "CKPT_ENGINE_HOST_ID": "elsewhere", "CKPT_ENGINE_P2P": "on"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as fleet:
+        try:
+            assert fleet.stdout is not None
+            assert fleet.stdout.readline() == f"rank 0 of 1 listens on http://127.0.0.1:{port}\n"
+            url = f"http://127.0.0.1:{port}"
+            for path, body in (
+                ("files", {"files": str(checkpoints("llama", 1))}),
+                ("gather-metas", {}),
+            ):
+                answer = httpx.post(
+                    f"{url}/v1/checkpoints/step-1/{path}",
+                    json=body,
+                    headers={"Authorization": "Bearer sesame"},
+                    timeout=SAVE_SECONDS,
+                )
+                assert answer.status_code == 200, answer.text
+            done = command_line(
+                "--join", url, "--endpoint", server.url, "--weight-version", "joined", **token
+            )
+            assert done.returncode == 0, f"{done.stderr}\n{server.tail()}"
+            assert "read by P2P (tcp)" in done.stdout
+        finally:
+            end_group(fleet)
+    assert server.state() == disk_server.state()
+    assert server.generate()[1] == "joined"

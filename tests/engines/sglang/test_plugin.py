@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from ckpt_engine_sglang import plugin
 
 from ckpt_engine import ParameterServer
+from ckpt_engine.compat import DIRECTORY
 from ckpt_engine.errors import UpdateError
 
 pytestmark = pytest.mark.timeout(120)
@@ -118,15 +120,45 @@ def test_it_refuses_before_a_byte_moves(
     assert not model.head.any()
 
 
-def test_another_package_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / plugin.STOCK_PACKAGE).mkdir()
-    (tmp_path / plugin.STOCK_PACKAGE / "__init__.py").write_text("")
-    monkeypatch.delitem(sys.modules, plugin.STOCK_PACKAGE, raising=False)
+@pytest.fixture
+def another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Installed beside ours: of the name, and with the metadata, of the reference's."""
+    package, metadata = tmp_path / plugin.STOCK_PACKAGE, tmp_path / "checkpoint_engine-0.4.2.dist-info"
+    for directory in (package, metadata):
+        directory.mkdir()
+    (package / "__init__.py").write_text("")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: checkpoint-engine\nVersion: 0.4.2\n")
+    for name in [each for each in sys.modules if each.split(".")[0] == plugin.STOCK_PACKAGE]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
+    return package
+
+
+def test_another_package_is_left_alone(another_package: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger=plugin.__name__):
         plugin.serve_stock_handler("it is too new")
     assert plugin.STOCK_PACKAGE not in sys.modules
-    assert str(tmp_path) in caplog.text
-    assert "it is too new" in caplog.text
+    assert "does not take this SGLang's updates: it is too new." in caplog.text
+    assert f"the package checkpoint-engine 0.4.2 ({another_package})" in caplog.text
+    assert "pip uninstall checkpoint-engine" in caplog.text
+
+
+def test_another_package_beside_a_version_that_is_known(
+    another_package: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks: list[str] = []
+    monkeypatch.setattr(HookRegistry, "register", lambda target, *_: hooks.append(target))
+    with caplog.at_level(logging.WARNING, logger=plugin.__name__):
+        plugin.register()
+    assert f"{plugin.MANAGER}.update_weights_from_ipc" in hooks
+    assert f"not the package checkpoint-engine 0.4.2 ({another_package})" in caplog.text
+    assert "SGLANG_PLUGINS" in caplog.text
+
+
+def test_ours_on_the_path_is_no_other_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plugin.other_package() is None
+    monkeypatch.syspath_prepend(DIRECTORY)
+    assert importlib.util.find_spec(plugin.STOCK_PACKAGE) is not None
+    assert plugin.other_package() is None

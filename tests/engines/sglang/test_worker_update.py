@@ -92,6 +92,26 @@ def test_nothing_is_touched_under_requests_that_run() -> None:
     assert scheduler.did == ["version None", "flush"]
 
 
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        ({"offload_tags": {"kv_cache", "weights"}}, "resume_memory_occupation"),
+        ({"_session": object()}, "end_weight_update"),
+    ],
+)
+def test_nothing_is_touched_where_weights_cannot_be_written(state: dict[str, object], told: str) -> None:
+    model = Plain(a=(3,))
+    scheduler = Scheduler([("target", runner(model))])
+    vars(scheduler).update(state)
+    with pytest.raises(UpdateError, match=told) as caught:
+        update(scheduler, drawn(a=(3,)))
+    assert caught.value.touched is False
+    assert not model.a.any()
+    assert scheduler.did == ["version None", "flush"]
+    vars(scheduler).update(offload_tags={"kv_cache"}, _session=None)
+    assert update(scheduler, drawn(a=(3,)))[0]
+
+
 def test_the_flush_of_an_older_sglang() -> None:
     model = Plain(a=(3,))
     scheduler = OldScheduler([("target", runner(model))])

@@ -41,8 +41,19 @@ def register() -> None:
 
         fp8._is_cpu = False
     if os.environ.get("SGLANG_NATIVE_OPS"):
-        # In place of SGLang's kernels, which may be missing: what it computes with PyTorch elsewhere.
-        target = "sglang.srt.layers.utils.multi_platform.MultiPlatformOp.dispatch_forward"
-        HookRegistry.register(target, lambda layer: layer.forward_native, HookType.REPLACE)
+        for target, function in native_ops().items():
+            HookRegistry.register(f"sglang.srt.{target}", function, HookType.REPLACE)
     HookRegistry.register(f"{LOADER}.load_weights_only", before("load"), HookType.BEFORE)
     HookRegistry.register(f"{LOADER}.postprocess_weights", before("post_process"), HookType.BEFORE)
+
+
+def native_ops() -> dict[str, Any]:
+    """On CUDA, in place of kernels that may be missing, and of those that SGLang compiles as it goes: what
+    it computes with PyTorch elsewhere. By what they replace."""
+    return {
+        "layers.utils.multi_platform.MultiPlatformOp.dispatch_forward": lambda layer: layer.forward_native,
+        "mem_cache.memory_pool.can_use_store_cache": lambda *_: False,
+        "model_executor.forward_batch_info.clamp_position": lambda lengths: torch.clamp(lengths - 1, min=0),
+        "models.utils.can_use_fused_inplace_qknorm": lambda *_: False,
+        "models.qwen3_moe.enable_fused_set_kv_buffer": lambda _: False,
+    }
