@@ -24,6 +24,7 @@ _EXPERTS = {"moe_intermediate_size": 64, "num_experts": 8, "num_experts_per_tok"
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "llama": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": False}),
     "tied": ("Qwen3Config", {"tie_word_embeddings": True}),
     # Not tiny: 0.9 GB, to measure with.
     "medium": (
@@ -40,6 +41,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # Each matrix can be cut into blocks of 128 x 128.
     "wide": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
+    # So can each half of them.
+    "wider": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64, "num_key_value_heads": 4}),
     "moe": ("Qwen3MoeConfig", {"tie_word_embeddings": False, **_EXPERTS}),
     "fp8": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
     "fp8-moe": (

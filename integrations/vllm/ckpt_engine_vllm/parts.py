@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 import torch
 
+from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
+from ckpt_engine.loading.recording import Recording
 
 DRAFTER_PREFIX = "drafter."
 """Of tensors for a drafter with a checkpoint of its own, which has the names of the main model's too."""
@@ -61,6 +63,21 @@ def parts_of(worker: Any) -> list[Part]:  # noqa: ANN401 - vLLM's Worker
         Part(name="model", model=main, config=config.model_config, foreign=prefix or None),
         Part(name="drafter", model=drafter, config=speculative.draft_model_config, prefix=prefix),
     ]
+
+
+def refuse_to_write_the_mains(part: Part, main: Part, recording: Recording) -> None:
+    """Raises ConfigError where tensors for a drafter would be loaded into parameters of the main model: vLLM
+    has it share what was the same, or not there, when it started."""
+    if part is main or not part.prefix:
+        return
+    mains = {id(parameter) for parameter in main.model.parameters()}
+    for name, parameter in part.model.named_parameters(remove_duplicate=False):
+        if id(parameter) in mains and recording.parameters[name].regions:
+            tensor = part.prefix + ", ".join(sorted(recording.parameters[name].sources))
+            raise ConfigError(
+                f"{tensor}: this engine's drafter has no {name} of its own, it uses the model's. If it is "
+                f"the same, ignore it (ignored=[{tensor!r}]), else start the engine from the checkpoints"
+            )
 
 
 def _drafter_of(worker: Any) -> torch.nn.Module | None:  # noqa: ANN401

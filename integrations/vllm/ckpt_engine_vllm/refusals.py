@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 from typing import Any
 
 from ckpt_engine.errors import ConfigError
+
+_ALLOCATORS = {
+    "vllm.device_allocator.cumem": "CuMemAllocator",
+    "vllm.device_allocator.xpumem": "XpuMemAllocator",
+}
 
 
 def refuse_old_vllm() -> None:
@@ -32,3 +38,17 @@ def refuse_unsupported(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM's VllmC
         raise ConfigError(
             "weights that are offloaded to the host cannot be reloaded: start the engine without offloading"
         )
+
+
+def refuse_asleep() -> None:
+    """Raises ConfigError where the memory of the weights has been given back (vLLM's sleep): a write to it
+    would end the worker."""
+    for name, kind in _ALLOCATORS.items():
+        # What was not imported has nothing asleep.
+        allocator = getattr(getattr(sys.modules.get(name), kind, None), "instance", None)
+        for data in getattr(allocator, "pointer_to_data", {}).values():
+            if data.tag == "weights" and getattr(data, "is_asleep", False):
+                raise ConfigError(
+                    "the engine's weights are asleep: wake them up first (POST /wake_up?tags=weights), and "
+                    "its KV cache after the update (tags=kv_cache)"
+                )

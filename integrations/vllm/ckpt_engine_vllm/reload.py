@@ -20,6 +20,11 @@ import torch
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine_vllm import moe, quantisation
 from ckpt_engine_vllm.layerwise import abandon_layerwise_reload, some_of_a_drafter
+from ckpt_engine_vllm.tying import Tying
+
+
+class Moved(RuntimeError):
+    """A parameter lies elsewhere than before. No later update mends what graphs hold."""
 
 
 class Reload:
@@ -45,6 +50,8 @@ class Reload:
         # Before any model's `begin`: models may share modules, such as vLLM's rotary tables.
         self._addresses = _addresses(model)
         self._active = False
+        self.tying: Tying | None = None
+        """What becomes of an output embedding that may be tied."""
 
     def begin(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -52,6 +59,8 @@ class Reload:
         self._active = True
         if self._names and not self._partial:
             quantisation.default_cache_scales(self.model)
+        if self.tying is not None:
+            self.tying.begin()
         initialize_layerwise_reload(self.model)
 
     def load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
@@ -67,7 +76,7 @@ class Reload:
         """Processes what is left, and checks that nothing has moved.
 
         Raises:
-            RuntimeError: a parameter lies elsewhere than before: captured graphs would read old weights.
+            Moved: a parameter lies elsewhere than before.
         """
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
@@ -75,15 +84,21 @@ class Reload:
             finalize_layerwise_reload(self.model, self._model_config)
             self._active = False
             moe.pack_experts(self.model, self._modules)
+            if self.tying is not None:
+                self.tying.finish()
             _process_tied(self.model, self._modules)
         self._check_places()
 
     def _check_places(self) -> None:
+        may_move = set() if self.tying is None else self.tying.moving
         after = _addresses(self.model)
-        moved = [name for name, address in self._addresses.items() if after.get(name) != address]
-        if moved or after.keys() != self._addresses.keys():
-            changed = sorted({*moved, *(after.keys() ^ self._addresses.keys())})
-            raise RuntimeError(f"the reload moved {', '.join(changed[:8])}: restart the engine")
+        moved = {name for name, address in self._addresses.items() if after.get(name) != address}
+        changed = sorted((moved | after.keys() ^ self._addresses.keys()) - may_move)
+        if changed:
+            raise Moved(
+                f"the reload moved {', '.join(changed[:8])}, and captured graphs would go on reading the old "
+                "place: restart the engine with the new checkpoint"
+            )
 
     def abandon(self) -> None:
         """Puts the layers that are not complete back as they were. Does nothing after `finish`."""

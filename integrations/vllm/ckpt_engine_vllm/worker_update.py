@@ -20,10 +20,11 @@ from ckpt_engine.loading.rehearsal import named_parameters
 from ckpt_engine_vllm import moe, quantisation
 from ckpt_engine_vllm.device_identity import device_of
 from ckpt_engine_vllm.layerwise import abandon_all
-from ckpt_engine_vllm.parts import Part, parts_of
-from ckpt_engine_vllm.refusals import refuse_old_vllm, refuse_unsupported
+from ckpt_engine_vllm.parts import Part, parts_of, refuse_to_write_the_mains
+from ckpt_engine_vllm.refusals import refuse_asleep, refuse_old_vllm, refuse_unsupported
 from ckpt_engine_vllm.rehearsal import rehearse
-from ckpt_engine_vllm.reload import Reload
+from ckpt_engine_vllm.reload import Moved, Reload
+from ckpt_engine_vllm.tying import Tying, heads_of
 
 
 class WorkerState:
@@ -36,6 +37,8 @@ class WorkerState:
         """The last update's tensors and rules, and what came of them: the next one's are mostly the same."""
         self.last: dict[str, Any] | None = None
         """The last update's status."""
+        self.moved: str | None = None
+        """What an earlier update moved, if it did."""
 
 
 _STATES: WeakKeyDictionary[torch.nn.Module, WorkerState] = WeakKeyDictionary()
@@ -135,6 +138,9 @@ class WorkerUpdate:
         parts = parts_of(self._worker)
         self._refuse(parts)
         refuse_unsupported(config)
+        refuse_asleep()
+        if self._state.moved is not None:
+            raise ConfigError(f"an earlier update failed for good: {self._state.moved}")
         if self._partial and self._state.weights == "incomplete":
             raise ConfigError("the weights are incomplete since an update failed: send a full update first")
         model_config = config.model_config
@@ -159,6 +165,10 @@ class WorkerUpdate:
         for part in parts:
             quantisation.refuse_baked_scales(part.model, config, recordings[part.name].modules)
         self._parts = [(part, self._reload(part, recordings[part.name])) for part in parts]
+        heads = heads_of(parts)
+        for part, reload in self._parts:
+            if part.name in heads:
+                reload.tying = Tying(heads[part.name], recordings[part.name], config)
 
     def _run(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         if not self._begun:
@@ -171,8 +181,12 @@ class WorkerUpdate:
             reload.load(part.tensors(tensors))
 
     def _finish(self) -> None:
-        for _, reload in self._parts:
-            reload.finish()
+        try:
+            for _, reload in self._parts:
+                reload.finish()
+        except Moved as error:
+            self._state.moved = str(error)
+            raise
 
     def _remember(self, status: dict[str, Any]) -> None:
         """Ends the reload, and keeps how it ended. Adds to the status what is this engine's."""
@@ -202,14 +216,18 @@ def _rehearse_all(
     }
     check_names(tensors, read, rules)
     filled: set[int] = set()
+    heads = heads_of(parts)
     for part in parts:
         recording = recordings[part.name]
+        refuse_to_write_the_mains(part, parts[0], recording)
         padded = parameters_in(part.model, VocabParallelEmbedding)
         check_shapes(part.layouts(tensors), recording, padded, rules)
         if part.name == "model" or taken[part.name]:
             packed = getattr(part.model, "packed_modules_mapping", {})
             optional = _filled_elsewhere(part.model, recording, filled)
             optional |= quantisation.cache_scales(part.model, recording.parameters)
+            if part.name in heads:
+                optional |= heads[part.name].check(recording, rules)
             check_complete(recording, rules, optional, packed)
         parameters = part.model.named_parameters(remove_duplicate=False)
         filled |= {id(parameter) for name, parameter in parameters if name in recording.parameters}

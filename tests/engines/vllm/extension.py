@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ckpt_engine_vllm import VllmColocateWorkerExtension, quantisation, worker_u
 from ckpt_engine_vllm.rehearsal import rehearse
 from ckpt_engine_vllm.reload import Reload
 from safetensors.torch import load_file
-from vllm.config import set_current_vllm_config
+from vllm.config import CUDAGraphMode, set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from ckpt_engine.ipc.messages import TensorLayout
@@ -64,11 +66,14 @@ class Extension(VllmColocateWorkerExtension):
     def test_pid(self) -> int:
         return os.getpid()
 
-    def test_fault(self, phase: str, bucket: int = 0, rank: int = 0, fifo: str | None = None) -> None:
+    def test_fault(
+        self, phase: str, bucket: int = 0, rank: int = 0, fifo: str | None = None, raises: bool = True
+    ) -> None:
         """The next update fails on `rank`: in phase prepare, run (after bucket) or finish. With `fifo`
-        it says by writing to that when it is there, and waits in reading from it."""
+        it says by writing to that when it is there, and waits in reading from it; without `raises`, then goes
+        on."""
         if self.rank == rank:  # type: ignore[attr-defined]
-            _fail_once(phase, bucket, fifo)
+            _fail_once(phase, bucket, fifo, raises)
 
     def test_pace(self, seconds: float) -> None:
         """Each step of generation takes `seconds` longer, as a large model's does."""
@@ -82,6 +87,41 @@ class Extension(VllmColocateWorkerExtension):
                 return original(*args, **kwargs)
 
             runner.__dict__["execute_model"] = slowly
+
+    def test_move(self, name: str) -> None:
+        """From now on each reload puts the parameter `name` into memory of its own, at the very end."""
+        model = self.get_model()  # type: ignore[attr-defined]
+        module, _, leaf = name.rpartition(".")
+        attention = next(each for each in model.modules() if is_deferred_attention_layer(each))
+        original = attention.process_weights_after_loading
+
+        def moving(*args: object) -> None:
+            original(*args)
+            parameter = getattr(model.get_submodule(module), leaf)
+            parameter.data = parameter.data.clone()
+
+        attention.process_weights_after_loading = moving
+
+    def test_graphs(self, backend: str | None) -> None:
+        """Has the engine say that it has full CUDA graphs, and attention by a backend of this name; None:
+        what it says of itself."""
+        config = self.vllm_config  # type: ignore[attr-defined]
+        config.model_config.enforce_eager = backend is None
+        mode = CUDAGraphMode.NONE if backend is None else CUDAGraphMode.FULL
+        config.compilation_config.cudagraph_mode = mode
+        for module in self.get_model().modules():  # type: ignore[attr-defined]
+            if is_deferred_attention_layer(module):
+                real = getattr(module.attn_backend, "real", module.attn_backend)
+                named = SimpleNamespace(get_name=lambda: backend, real=real)
+                module.attn_backend = real if backend is None else named
+
+    def test_asleep(self, tags: Sequence[str] | None) -> None:
+        """Has vLLM's allocator, which there is none of on a CPU, say that what has these tags is asleep."""
+        from vllm.device_allocator.cumem import CuMemAllocator
+
+        pieces = [SimpleNamespace(tag=tag, is_asleep=tag in (tags or ())) for tag in ("weights", "kv_cache")]
+        allocator = SimpleNamespace(pointer_to_data=dict(enumerate(pieces)))
+        CuMemAllocator.instance = None if tags is None else allocator
 
     def test_pairs(self, wanted: bool) -> None:
         """Whether load_weights passes over gate_proj where it does not get up_proj in the same call: models
@@ -125,7 +165,8 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
             )
             found[f"{name} as used"] = _digest(method.apply(module, inputs, getattr(module, "bias", None)))
         linear = getattr(module, "cpu_linear", None)
-        width = getattr(module, "input_size_per_partition", getattr(module, "embedding_dim", None))
+        widths = ("input_size_per_partition", "input_size", "embedding_dim")
+        width = next((getattr(module, each) for each in widths if hasattr(module, each)), None)
         if linear is not None and width is not None:
             # The identity through the layer is its weight, exactly: each sum has one term that is not 0.
             identity = torch.eye(width, dtype=torch.bfloat16)
@@ -182,7 +223,7 @@ def _count_replays() -> int:
     return int(kind.replay.count)
 
 
-def _fail_once(phase: str, bucket: int, fifo: str | None) -> None:
+def _fail_once(phase: str, bucket: int, fifo: str | None, raises: bool) -> None:
     kind = worker_update.WorkerUpdate
     method = {"prepare": "_prepare", "run": "_run", "finish": "_finish"}[phase]
     original: Callable[..., object] = getattr(kind, method)
@@ -198,7 +239,9 @@ def _fail_once(phase: str, bucket: int, fifo: str | None) -> None:
             if fifo is not None:
                 Path(fifo).write_text("here")
                 Path(fifo).read_text()
-            raise RuntimeError(f"injected in {phase}")
+            if raises:
+                raise RuntimeError(f"injected in {phase}")
+            return None
         return original(*args)
 
     setattr(kind, method, failing)

@@ -51,3 +51,23 @@ def test_an_engine_with_adapters_is_refused_and_goes_on(
         update_from(offline, checkpoints("qwen3", "b"))
     assert caught.value.touched is False
     assert offline.answers() == before
+
+
+def test_a_reload_that_moves_a_parameter_fails_for_good(
+    offline: OfflineEngine, checkpoints: Checkpoints
+) -> None:
+    """Graphs know parameters by their addresses: what a quantisation's post-processing puts elsewhere
+    they would never see."""
+    name = "model.layers.1.input_layernorm.weight"
+    offline.start(checkpoints("qwen3", "a"))
+    offline.rpc("test_move", name)
+    with pytest.raises(UpdateError, match=rf"Moved: the reload moved {name}, .*restart the engine") as caught:
+        update_from(offline, checkpoints("qwen3", "b"))
+    assert caught.value.touched is True
+    assert offline.rpc("ckpt_engine_status")[0]["weights"] == "incomplete"
+    for options in ({}, {"partial": True}):
+        with pytest.raises(
+            UpdateError, match=rf"failed for good: the reload moved {name}.*restart the engine"
+        ):
+            update_from(offline, checkpoints("qwen3", "b"), **options)
+    assert offline.rpc("ckpt_engine_status")[0]["weights"] == "incomplete"
