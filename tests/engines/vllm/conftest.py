@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +12,13 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+SHARED_MEMORY = "/dev/shm"
+OTHERS = ("psm_", "sem.", "torch_", "__KMP", "vllm_dist_", "sglang_", "fake-npu")
+"""Names there of what vLLM (and SGLang) make, Python's shared memory, torch, OpenMP, and of other tests."""
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
 if importlib.util.find_spec("vllm"):
-    from tests.engines.vllm.engines import Checkpoints, OfflineEngine
+    from tests.engines.vllm.engines import RUNTIME, Checkpoints, OfflineEngine
 
     def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
@@ -30,6 +35,20 @@ if importlib.util.find_spec("vllm"):
         engine = OfflineEngine(tmp_path_factory.mktemp("offline") / "log.txt")
         yield engine
         engine.close()
+
+    @pytest.fixture(scope="module", autouse=True)
+    def nothing_left() -> Iterator[None]:
+        """After a module, and what it killed: no socket, and no shared memory but that of engines."""
+        before = set(os.listdir(SHARED_MEMORY))
+        yield
+        assert list(RUNTIME.iterdir()) == []
+        left = set(os.listdir(SHARED_MEMORY)) - before
+        assert [name for name in left if not name.startswith(OTHERS)] == []
+
+    @pytest.fixture(scope="session", autouse=True)
+    def runtime() -> Iterator[None]:
+        yield
+        shutil.rmtree(RUNTIME)
 
     def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         """A row for the README's table of versions."""

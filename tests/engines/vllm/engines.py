@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ ROOT = Path(__file__).parents[3]
 SEEDS = {"a": 20261124, "b": 20261125}
 EXTENSION = "tests.engines.vllm.extension.Extension"
 PROMPTS = [[5, 6, 7], [9, 100, 4, 8, 300, 17], [2]]
+RUNTIME = Path(tempfile.mkdtemp(prefix="ce-", dir="/tmp"))
+"""What this run's parameter servers keep their sockets in, beside those of others."""
+os.environ["CKPT_ENGINE_SOCKET_DIR"] = str(RUNTIME)
 SECONDS = 300.0
 """For an engine to start on a loaded machine."""
 ENVIRONMENT = {

@@ -1,7 +1,8 @@
 """A parameter server's process, driven by JSON lines on stdin; it answers on stdout.
 
-A request is {"checkpoint": directory, "endpoint" and "uds": the engine's, "native", "timeout"}, an answer
-{"report": ...} or {"error", "type", "record", "seconds"}.
+A request is {"checkpoint": directory, "endpoint" and "uds": the engine's, "native", "timeout", "tells"}, an
+answer {"report": ...} or {"error", "type", "record", "seconds"}. With "tells" the engine is not asked: rank 0
+says {"handles": [...]} first, and waits for a line.
 """
 
 from __future__ import annotations
@@ -20,7 +21,11 @@ from ckpt_engine.errors import UpdateError
 
 def update(ps: ParameterServer, request: dict[str, Any]) -> dict[str, Any]:
     def ask(socket_paths: list[tuple[str, str]]) -> None:
-        if ps.rank == 0:
+        if ps.rank == 0 and request.get("tells"):
+            sys.stdout.write(json.dumps({"handles": socket_paths}) + "\n")
+            sys.stdout.flush()
+            sys.stdin.readline()
+        elif ps.rank == 0:
             engine = VllmServer(
                 endpoint=request["endpoint"], uds=request["uds"], native=request["native"], api_key="any"
             )

@@ -159,14 +159,30 @@ class Fleet:
                 self.processes.append(process)
 
     def start_update(
-        self, server: Server, checkpoint: Path, *, native: bool = False, timeout: float = 60
+        self,
+        server: Server,
+        checkpoint: Path,
+        *,
+        native: bool = False,
+        timeout: float = 60,
+        tells: bool = False,
     ) -> None:
         request = {"checkpoint": str(checkpoint), "endpoint": server.url, "uds": server.uds}
-        request |= {"native": native, "timeout": timeout}
+        request |= {"native": native, "timeout": timeout, "tells": tells}
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps(request) + "\n")
             process.stdin.flush()
+
+    def handles(self) -> list[list[str]]:
+        """Of an update that was started with `tells`, to ask the engine with."""
+        assert self.processes[0].stdout is not None
+        return json.loads(self.processes[0].stdout.readline())["handles"]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
 
     def results(self) -> list[dict[str, Any]]:
         """Each rank's answer; {} of one that is gone."""
@@ -186,5 +202,13 @@ class Fleet:
 
     def close(self) -> None:
         for process in self.processes:
-            process.kill()
-            process.communicate()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    try:
+        # Nothing more is asked of it.
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
