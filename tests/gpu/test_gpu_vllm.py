@@ -41,6 +41,9 @@ SLOT_NBYTES = 100_000
 TOLERANCE = 0.02
 """Of log-probabilities: another order of the sums in a kernel, which tuning may choose, changes logits of
 about 4 by a unit in bfloat16's last place, 2 ** -6. With code from vLLM's cache there should be none."""
+BETWEEN_SERVERS = 0.2
+"""The same, between two servers of a larger model, of which one wrote the compiled code that the other found:
+three units in the last place of logits near 16. In one process TOLERANCE holds."""
 APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TEST_DEVICE": "cuda"}
 """As vLLM is by default: its worker in another process than the LLM class."""
 SERVER_OPTIONS = (
@@ -195,7 +198,14 @@ def test_a_server_is_updated_sooner_than_restarted(starting: Starting, tmp_path:
     try:
         server.wait()
         seconds = time.monotonic() - began
-        difference = _same(received, server.answers())
+        from_disk = server.answers()
+        _same(received, from_disk, BETWEEN_SERVERS)
+        # In one process the same weights answer alike, wherever they came from.
+        updates += [
+            _command_line(server, served.paths[version], tmp_path / f"again-{version}.json")
+            for version in "ab"
+        ]
+        difference = _same(server.answers(), from_disk)
     finally:
         server.close()
     nbytes = (served.paths["b"] / "model.safetensors").stat().st_size
@@ -220,7 +230,7 @@ def _command_line(server: Server, checkpoint: Path, report: Path, *options: str)
     return {"update_seconds": round(update, 3), "command_seconds": round(command, 2)}
 
 
-def _same(received: Answers, expected: Answers) -> float:
+def _same(received: Answers, expected: Answers, tolerance: float = TOLERANCE) -> float:
     """Fails unless these are of the same weights; the largest difference of a log-probability."""
     assert received.digests == expected.digests
     difference = 0.0
@@ -234,7 +244,7 @@ def _same(received: Answers, expected: Answers) -> float:
             difference = max(
                 difference, *(abs(found[each] - right[each]) for each in found.keys() & right.keys())
             )
-    assert difference < TOLERANCE
+    assert difference < tolerance
     return difference
 
 

@@ -128,6 +128,9 @@ class Server:
         return Answers([self.generate(prompt) for prompt in PROMPTS], self.rpc("test_digests"))
 
     def close(self) -> None:
+        """Idempotent."""
+        if self.process.returncode is not None:
+            return
         os.killpg(self.process.pid, signal.SIGTERM)
         try:
             self.process.wait(30)
