@@ -78,6 +78,8 @@ class VllmHcclCollectives(DeviceGroup):
             raise ConfigError(
                 f"CKPT_ENGINE_CUSTOM_DIST=vllm_hccl needs vllm and vllm-ascend in this process: {error}"
             ) from error
+        # A member that is lost before it has told the id ends the others' wait for it.
+        store.set_timeout(min(timeout, timedelta(seconds=FORMING_SECONDS)))
         npu.set_device(self._index)
         group = id_only_group(stateless, store, place, size)
         # In two steps: what it has made before it fails is to be ended.

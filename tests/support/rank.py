@@ -70,6 +70,16 @@ class Worker:
         self.process.communicate()
 
 
+def meet(out: Path, what: str, rank: int, size: int) -> None:
+    """Waits until all ranks are here, by other means than those that are tested."""
+    here = [out / f"{what}-{number}" for number in range(size)]
+    here[rank].touch()
+    deadline = Deadline.after(TIMEOUT)
+    while not all(file.exists() for file in here):
+        assert not deadline.passed, what
+        time.sleep(0.01)
+
+
 class Rank:
     def __init__(self, ps: ParameterServer, worker: Worker, out: Path) -> None:
         self.ps = ps
@@ -104,13 +114,7 @@ class Rank:
         (self.out / f"rank-{self.ps.rank}.json").write_text(json.dumps(self.results))
 
     def together(self, what: str) -> None:
-        """Waits until all ranks are here, by other means than those that are tested."""
-        here = [self.out / f"{what}-{rank}" for rank in range(self.ps.world_size)]
-        here[self.ps.rank].touch()
-        deadline = Deadline.after(TIMEOUT)
-        while not all(file.exists() for file in here):
-            assert not deadline.passed, what
-            time.sleep(0.01)
+        meet(self.out, what, self.ps.rank, self.ps.world_size)
 
     def skip_a_call(self, name: str) -> None:
         """The last rank leaves out an update that the others call; it goes on when they have given up."""

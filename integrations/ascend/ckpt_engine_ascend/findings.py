@@ -17,7 +17,7 @@ from ckpt_engine.devices.npu_environment import PORT_VARIABLES, port_problem, re
 from ckpt_engine.errors import CkptEngineError, ConfigError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import Settings
-from ckpt_engine_ascend.identity import device_uuid
+from ckpt_engine_ascend.identity import NAME_IT, device_uuid, ways_out
 from ckpt_engine_ascend.npu_smi import NpuSmi
 
 DRIVER = Path("/dev/davinci_manager")
@@ -44,7 +44,8 @@ def _npu_smi() -> Iterator[Finding]:
     said = "\n".join(answer.describe() for answer in smi.useless)
     if not chips:
         # An error only if a key depends on it: that is said of the key.
-        yield Finding("npu-smi", Level.WARNING, f"lists no NPU\n{said}")
+        remedy = ways_out(said) or "run `npu-smi info -m` here, and see what it says"
+        yield Finding("npu-smi", Level.WARNING, f"lists no NPU\n{said}", f"{remedy} {NAME_IT}")
         return
     yield Finding("npu-smi", Level.OK, f"lists {len(chips)} chips of {len({c.npu_id for c in chips})} NPUs")
 

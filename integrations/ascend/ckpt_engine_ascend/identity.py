@@ -61,6 +61,9 @@ _WAYS_OUT = (
 )
 
 
+NAME_IT = "Or set CKPT_ENGINE_DEVICE_UUID to the same text for this device's parameter server and worker."
+
+
 class IdentityError(DeviceError):
     """It cannot be told which NPU this process uses; the message has npu-smi's output and the way out."""
 
@@ -323,14 +326,18 @@ def _current_index() -> int | None:
     return int(npu.current_device()) if npu is not None and npu.is_initialized() else None
 
 
+def ways_out(said: str) -> str:
+    """Sentences with what to do about npu-smi's answers; empty where nothing is known of them."""
+    hints = [hint for sign, hint in _WAYS_OUT if sign in said]
+    return " ".join(f"{hint[0].upper()}{hint[1:]}." for hint in hints)
+
+
 def _error(pid: int, logic_id: int | None, why: str, useless: Sequence[Answer]) -> IdentityError:
     shown = list(useless[:_SHOWN_ANSWERS])
     said = "\n".join(answer.describe() for answer in shown)
-    hints = [hint for sign, hint in _WAYS_OUT if sign in said]
     device = "" if logic_id is None else f", logic device {logic_id}"
     text = f"cannot tell which NPU this process (pid {pid}{device}, on {socket.gethostname()}) uses: {why}. "
-    text += "".join(f"{hint[0].upper()}{hint[1:]}. " for hint in hints)
-    text += "Or set CKPT_ENGINE_DEVICE_UUID to the same text for this device's parameter server and worker."
+    text += " ".join(filter(None, (ways_out(said), NAME_IT)))
     if said:
         text += f"\n{said}"
     if len(useless) > len(shown):

@@ -24,7 +24,8 @@ def refuse_unsupported(model: torch.nn.Module, vllm_config: Any) -> None:  # noq
     """Raises ConfigError, with a remedy, for what this version cannot update right."""
     quantization = vllm_config.model_config.quantization
     config = ascend_config()
-    if getattr(getattr(config, "eplb_config", None), "dynamic_eplb", False):
+    # A configuration of its own; up to 0.13 the setting is in the main one.
+    if getattr(getattr(config, "eplb_config", config), "dynamic_eplb", False):
         raise ConfigError(
             "vllm-ascend's expert load balancer moves experts between ranks, so their places are not the "
             "checkpoint's: start the engine without dynamic_eplb"

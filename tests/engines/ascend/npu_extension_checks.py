@@ -249,11 +249,19 @@ def test_quantised_weights_are_refused_as_long_as_no_reload_was_shown_right() ->
         prepare(checkpoint(1), worker)
 
 
-def test_experts_that_move_between_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "config_with",
+    [
+        lambda dynamic: SimpleNamespace(weight_nz_mode=0, eplb_config=SimpleNamespace(dynamic_eplb=dynamic)),
+        lambda dynamic: SimpleNamespace(dynamic_eplb=dynamic),  # up to 0.13
+    ],
+)
+def test_experts_that_move_between_ranks_are_refused(
+    monkeypatch: pytest.MonkeyPatch, config_with: Callable[[bool], object]
+) -> None:
     for dynamic in (False, True):
         module = ModuleType("vllm_ascend.ascend_config")
-        eplb = SimpleNamespace(dynamic_eplb=dynamic)
-        module.get_ascend_config = lambda eplb=eplb: SimpleNamespace(weight_nz_mode=0, eplb_config=eplb)  # type: ignore[attr-defined]
+        module.get_ascend_config = lambda dynamic=dynamic: config_with(dynamic)  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "vllm_ascend.ascend_config", module)
         if not dynamic:
             prepare(checkpoint(1))

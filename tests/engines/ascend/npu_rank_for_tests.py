@@ -21,7 +21,7 @@ from ckpt_engine.checkpoint import split_checkpoint
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices.npu import load as load_npu
 from ckpt_engine.errors import UpdateError
-from tests.support.rank import Worker
+from tests.support.rank import Worker, meet
 
 TIMEOUT = 60.0
 
@@ -54,8 +54,11 @@ class Rank:
         group = self.ps._me and self.ps._me.group
         entry["group"] = type(group).__name__ if group else None
         entry["worker"] = self.worker.last
-        entry["free"] = load_npu().mem_get_info(self.index)[0]
         entry["communicators"] = self.communicators(0 if entry["error"] else 1)
+        # Ranks may share the device: none is at it while one looks.
+        meet(self.out, f"{scenario} ended", self.ps.rank, self.ps.world_size)
+        entry["free"] = load_npu().mem_get_info(self.index)[0]
+        meet(self.out, f"{scenario} seen", self.ps.rank, self.ps.world_size)
         self.results[scenario] = entry
 
     def communicators(self, expected: int) -> int:

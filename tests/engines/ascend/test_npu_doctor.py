@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 from ckpt_engine_ascend import findings
 from ckpt_engine_ascend.findings import find
+from ckpt_engine_ascend.identity import NAME_IT
+from typer.testing import CliRunner
 
+from ckpt_engine.cli.main import app
 from ckpt_engine.devices.npu_environment import PORT_VARIABLES
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
@@ -33,6 +36,7 @@ def test_nothing_is_said_where_there_is_no_npu(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "davinci_manager").touch()
     found = examine(**AUTO)
     assert "not found on PATH" in found["npu-smi"].message
+    assert "Mount it (-v /usr/local/bin/npu-smi" in found["npu-smi"].remedy
     assert found["npu-smi"].level is Level.WARNING
 
 
@@ -45,9 +49,37 @@ def test_npus_without_torch_npu(scenario: Callable[..., None]) -> None:
     assert found["npu ports"].level is Level.OK
 
 
-def test_npu_smis_own_words_are_shown(scenario: Callable[..., None]) -> None:
-    scenario("dcmi_fail")
-    assert "dcmi module initialize failed. ret is -8005" in examine()["npu-smi"].message
+@pytest.mark.parametrize(
+    ("name", "says", "remedy"),
+    [
+        ("dcmi_fail", "dcmi module initialize failed. ret is -8005", "Load the driver, add the user to"),
+        ("no_permission", "ret is -8002", "Run as root in the container, or add the user to"),
+        ("device_used", "ret is -8020", "Another container holds the device: stop it"),
+        ("phyid_remap", "Invalid card id.", "run `npu-smi info -m` here"),
+    ],
+)
+def test_npu_smis_own_words_are_shown_with_the_way_out(
+    scenario: Callable[..., None], name: str, says: str, remedy: str
+) -> None:
+    scenario(name)
+    found = examine()["npu-smi"]
+    assert found.level is Level.WARNING
+    assert says in found.message
+    assert found.remedy.startswith(remedy)
+    assert found.remedy.endswith(NAME_IT)
+
+
+def test_the_command_says_it_with_the_remedy(scenario: Callable[..., None]) -> None:
+    """As an operator sees it: in text, in JSON, and in the exit status."""
+    scenario("no_permission")
+    done = CliRunner().invoke(app, ["doctor"])
+    assert done.exit_code == 1, "torch_npu is missing"
+    assert "ret is -8002" in done.stdout
+    assert "remedy: Run as root in the container" in done.stdout
+    listed = CliRunner().invoke(app, ["doctor", "--json"])
+    (found,) = [one for one in json.loads(listed.stdout) if one["subject"] == "npu ports"]
+    assert found["level"] == "warning"
+    assert "16666" in found["message"]
 
 
 def test_port_16666_is_explained(scenario: Callable[..., None]) -> None:
