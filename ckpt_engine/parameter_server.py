@@ -24,8 +24,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
 from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint
+from ckpt_engine.checkpoint.progress import Progress
 from ckpt_engine.deadline import Deadline, Timeout, deadline_of
-from ckpt_engine.devices import detect_device, device_count, make_device
+from ckpt_engine.devices import detect_device, device_count, make_device, numa_place_of
 from ckpt_engine.errors import (
     CheckpointExistsError,
     ConfigError,
@@ -41,7 +42,7 @@ from ckpt_engine.transport.vllm_groups import check_custom_dist
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
-from ckpt_engine.update.session import Progress, UpdateReport, UpdateSession, purpose_of
+from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ class ParameterServer:
         if self.settings.custom_dist != "auto":
             check_custom_dist(self.settings.custom_dist, self._device)
         self._registry = CheckpointRegistry(
-            self.settings.load_threads, self.settings.huge_pages, self._device.pinner
+            self.settings.load_threads, self.settings.huge_pages, self._device.pinner, self._near_cpus()
         )
         self._failed: dict[str, ErrorRecord] = {}
         self._gathered = GatheredMetas(self.rank)
@@ -125,6 +126,14 @@ class ParameterServer:
         self._owns_default_group = False
         _OPEN.add(self)
 
+    def _near_cpus(self) -> frozenset[int] | None:
+        """The CPUs that make host arenas; None: any."""
+        place = numa_place_of(self._device.type, self.local_rank) if self.settings.numa else None
+        if place is None:
+            return None
+        logger.info("rank %d: %s %d is on %s", self.rank, self._device.type, self.local_rank, place)
+        return place.cpus or None
+
     # Checkpoints
 
     def register_checkpoint(
@@ -135,6 +144,7 @@ class ParameterServer:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        on_progress: Progress | None = None,
     ) -> None:
         """Loads this rank's share into host memory.
 
@@ -147,6 +157,8 @@ class ParameterServer:
             use_inplace_pin_memory: `.safetensors` files below /dev/shm become host memory where they are, and
                 are removed once all is registered (CUDA; elsewhere they are copied). They must not be touched
                 any more. Also on by CKPT_ENGINE_INPLACE_PIN.
+            on_progress: called with (bytes loaded, bytes to load), by one thread at a time; its exception
+                ends the registration. What stays in place is not loaded.
 
         Raises:
             CheckpointExistsError: the name is taken.
@@ -162,6 +174,7 @@ class ParameterServer:
                 named_tensors=named_tensors,
                 use_shared_memory_pool=use_shared_memory_pool,
                 use_inplace_pin_memory=use_inplace_pin_memory or self.settings.inplace_pin,
+                on_progress=on_progress,
             )
         except CheckpointExistsError:
             raise

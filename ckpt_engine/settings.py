@@ -126,6 +126,7 @@ class Settings(BaseSettings):
     huge_pages: bool | None = Field(
         None, validation_alias=AliasChoices("huge_pages", "CKPT_ENGINE_HUGE_PAGES")
     )
+    numa: bool = Field(True, validation_alias=AliasChoices("numa", "CKPT_ENGINE_NUMA"))
     inplace_pin: bool = Field(False, validation_alias=AliasChoices("inplace_pin", "CKPT_ENGINE_INPLACE_PIN"))
 
     @field_validator("master_addr", "socket_dir", "trace_dir", mode="before")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import logging
 import mmap
 import os
 import time
@@ -29,6 +30,8 @@ _MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14; Python's mmap has no name
 _PROBE_NBYTES = 16 * MiB
 _PROBE_FROM = 256 * MiB  # the probe takes up to ~0.3 s on a slow machine, more than a small arena would gain
 
+logger = logging.getLogger(__name__)
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
@@ -47,15 +50,23 @@ class HostArena:
 
     `populated`: who populated or filled all of it may set it; `populate` then has nothing left to do.
 
-    `threads`: most threads that `populate` uses. `huge_pages`: whether to ask for transparent huge pages;
-    None measures once per process, for arenas of at least 256 MiB, which are faster to touch here. The
-    attribute says what was chosen; None: what the system does by itself.
+    `threads`: most threads that `populate` uses. `cpus`: those that its threads run on, since memory lies on
+    the NUMA node of the CPU that touches it first; None: any. `huge_pages`: whether to ask for transparent
+    huge pages; None measures once per process, for arenas of at least 256 MiB, which are faster to touch
+    here. The attribute says what was chosen; None: what the system does by itself.
 
     Raises:
         HostMemoryError: the host, or the cgroup, has less than `nbytes` available; nothing was allocated.
     """
 
-    def __init__(self, nbytes: int, *, threads: int | None = None, huge_pages: bool | None = None) -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        threads: int | None = None,
+        huge_pages: bool | None = None,
+        cpus: frozenset[int] | None = None,
+    ) -> None:
         if nbytes < 0:
             raise ConfigError(f"an arena of {nbytes} bytes: give 0 or more")
         if threads is not None and threads < 1:
@@ -67,6 +78,7 @@ class HostArena:
         self._unpin: Callable[[], object] | None = None
         self._before_close: list[Callable[[], object]] = []
         self._threads = threads or default_threads()
+        self._cpus = cpus
         self._closed = False
         self._mapping: mmap.mmap | None = None  # None too for 0 bytes, which cannot be mapped
         if nbytes:
@@ -110,10 +122,12 @@ class HostArena:
             return
         end = offset + nbytes
         starts = range(offset, end, PIECE_NBYTES)
-        if len(starts) == 1:
+        if len(starts) == 1 and not self._cpus:
             _populate(mapping, self.address + offset, nbytes)
             return
-        with ThreadPoolExecutor(min(self._threads, len(starts)), "ckpt-populate") as pool:
+        with ThreadPoolExecutor(
+            min(self._threads, len(starts)), "ckpt-populate", _run_on, (self._cpus,)
+        ) as pool:
             pieces = [
                 pool.submit(_populate, mapping, self.address + start, min(PIECE_NBYTES, end - start))
                 for start in starts
@@ -196,6 +210,15 @@ def advise(address: int, nbytes: int, advice: int) -> int:
         return 0
     code = ctypes.get_errno()
     return 0 if code in (errno.EINVAL, errno.EINTR, errno.EAGAIN) else code
+
+
+def _run_on(cpus: frozenset[int] | None) -> None:
+    """Binds the calling thread, which lives for one `populate` only."""
+    if cpus:
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError as error:  # they were taken from this container meanwhile
+            logger.warning("cannot run on the CPUs of the device's NUMA node: %s", error.strerror or error)
 
 
 def _populate(mapping: mmap.mmap, address: int, nbytes: int) -> None:

@@ -78,6 +78,9 @@ class FilePiece(Protocol):
     @property
     def file_offset(self) -> int: ...
 
+    @property
+    def nbytes(self) -> int: ...
+
     def read(self, descriptor: int, path: Path, arena: HostArena) -> None:
         """Populates its part of the arena and fills it; CheckpointFormatError where the file ends before."""
         ...

@@ -22,9 +22,10 @@ from ckpt_engine.checkpoint.in_place import Taken, taken_in_place
 from ckpt_engine.checkpoint.mapped_file import MappedFile
 from ckpt_engine.checkpoint.packing import BUFFER_LIMIT, pack
 from ckpt_engine.checkpoint.pool import ArenaPool
+from ckpt_engine.checkpoint.progress import Meter, Progress
 from ckpt_engine.checkpoint.sources import FileSource, Source, collect_sources
 from ckpt_engine.checkpoint.strided_reads import file_pieces, replica_checks
-from ckpt_engine.checkpoint.tensor_copies import cut_copies, wait_for_producers
+from ckpt_engine.checkpoint.tensor_copies import copy_tasks, cut_copies, wait_for_producers
 from ckpt_engine.host_memory import HostMemoryPinner
 
 logger = logging.getLogger(__name__)
@@ -39,16 +40,20 @@ def load(
     huge_pages: bool | None = None,
     buffer_limit: int = BUFFER_LIMIT,
     pinner: HostMemoryPinner | None = None,
+    cpus: frozenset[int] | None = None,
     in_place: bool = False,
     pool: ArenaPool | None = None,
+    on_progress: Progress | None = None,
 ) -> HostCheckpoint:
     """Loads files and copies tensors (of any device and strides) into a new arena, or into the pool's.
 
-    No sources at all make an empty share. `threads`: default min(16, 2 * CPUs). `huge_pages`: as of
-    `HostArena`. `buffer_limit`: bytes of a host buffer, unless one tensor is larger. `pinner`: pins all of
-    it, before this returns. `in_place`: `.safetensors` files below /dev/shm are mapped and pinned where they
-    are; `unlink_files` of the result removes them, when its caller is sure of it. Without a pinner, and into
-    a pool, they are copied like all others. `pool`: the caller has it for itself until the result is closed.
+    No sources at all make an empty share. `threads`: default min(16, 2 * CPUs). `huge_pages`, `cpus`: as of
+    `HostArena`; a pool has its own. `buffer_limit`: bytes of a host buffer, unless one tensor is larger.
+    `pinner`: pins all of it, before this returns. `in_place`: `.safetensors` files below /dev/shm are mapped
+    and pinned where they are; `unlink_files` of the result removes them, when its caller is sure of it.
+    Without a pinner, and into a pool, they are copied like all others. `pool`: the caller has it for itself
+    until the result is closed. `on_progress`: called with (bytes that are there, bytes in all), by one thread
+    at a time; its exception ends the loading.
 
     Raises:
         ConfigError: an argument is not what it may be.
@@ -72,13 +77,18 @@ def load(
         if pool is not None:
             arena = pool.fit(nbytes)
         else:
-            arena = HostArena(nbytes, threads=threads, huge_pages=huge_pages)
-        tasks = _file_tasks(arena, copied, places, shared_files)
-        tasks += _tensor_tasks(arena, copied, places)
-        from_device = any(
-            source.tensor is not None and source.tensor.device.type != "cpu" for source in copied.values()
-        )
-        _fill(arena, mapped, tasks, threads, pinner, pin_first=from_device)
+            arena = HostArena(nbytes, threads=threads, huge_pages=huge_pages, cpus=cpus)
+        meter = Meter(sum(source.spec.nbytes for source in copied.values()), on_progress)
+        copies = [
+            copy
+            for name, source in copied.items()
+            if source.tensor is not None
+            for copy in cut_copies(source.tensor, places[name])
+        ]
+        wait_for_producers(copy.source for copy in copies)
+        tasks = copy_tasks(copies, arena, meter.add)
+        tasks += _file_tasks(arena, copied, places, shared_files, meter)
+        _fill(arena, mapped, tasks, threads, pinner, from_device=any(copy.device for copy in copies))
         buffers = [(file, part.host_buffers(buffer_limit)) for file, part in zip(mapped, taken, strict=True)]
         checkpoint = HostCheckpoint.of(name, arena, packed, buffers, pooled=pool is not None)
         if pool is not None:
@@ -125,7 +135,7 @@ def _fill(
     threads: int,
     pinner: HostMemoryPinner | None,
     *,
-    pin_first: bool,
+    from_device: bool,
 ) -> None:
     """Runs `tasks`, which fill the arena, and pins everything; afterwards every page is there.
 
@@ -133,12 +143,13 @@ def _fill(
     read, which takes little more than the longer of the two alone. Copies from a device wait for the pin:
     into pinned memory they run at the bus's speed, into other memory through the driver's own buffers.
     """
-    if pinner is not None:
-        _run_all([piece for file in mapped for piece in file.populate_pieces()], threads)
+    if pinner is not None or from_device:  # one thread alone copies from a device
         arena.populate()
         arena.populated = True
+    if pinner is not None:
+        _run_all([piece for file in mapped for piece in file.populate_pieces()], threads)
         pins = [partial(arena.pin, pinner), *(partial(file.pin, pinner) for file in mapped)]
-        if pin_first:
+        if from_device:
             _run_all(pins, threads)
         else:
             tasks = [*pins, *tasks]
@@ -151,6 +162,7 @@ def _file_tasks(
     sources: Mapping[str, Source],
     places: Mapping[str, int],
     shared_files: list[SharedFile],
+    meter: Meter,
 ) -> list[Callable[[], None]]:
     """A task for each piece of each file, in the order of the bytes; fills `shared_files`."""
     segments: dict[Path, list[Segment]] = {}
@@ -168,21 +180,14 @@ def _file_tasks(
     for path, pieces in pieces_of.items():
         file = SharedFile(path, len(pieces))
         shared_files.append(file)
-        tasks.extend(partial(file.read, arena, piece) for piece in pieces)
+        tasks.extend(partial(_read_piece, file, arena, piece, meter) for piece in pieces)
     tasks.extend(check.run for tensor in sharded.values() for check in replica_checks(tensor))
     return tasks
 
 
-def _tensor_tasks(
-    arena: HostArena, sources: Mapping[str, Source], places: Mapping[str, int]
-) -> list[Callable[[], None]]:
-    tensors = {name: source.tensor for name, source in sources.items() if source.tensor is not None}
-    wait_for_producers(tensors.values())
-    return [
-        partial(copy.run, arena)
-        for name, tensor in tensors.items()
-        for copy in cut_copies(tensor, places[name])
-    ]
+def _read_piece(file: SharedFile, arena: HostArena, piece: FilePiece, meter: Meter) -> None:
+    file.read(arena, piece)
+    meter.add(piece.nbytes)
 
 
 def _run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:

@@ -14,12 +14,18 @@ from ckpt_engine.host_memory import available_host_memory
 class ArenaPool:
     """Keeps at most one arena. Its owner sees to it that one checkpoint at a time uses it.
 
-    `threads`, `huge_pages`: as of `HostArena`.
+    `threads`, `huge_pages`, `cpus`: as of `HostArena`.
     """
 
-    def __init__(self, threads: int | None = None, huge_pages: bool | None = None) -> None:
+    def __init__(
+        self,
+        threads: int | None = None,
+        huge_pages: bool | None = None,
+        cpus: frozenset[int] | None = None,
+    ) -> None:
         self._threads = threads
         self._huge_pages = huge_pages
+        self._cpus = cpus
         self._arena: HostArena | None = None
         self._new = False  # made by the last `fit`, and not `keep`-ed yet
 
@@ -48,7 +54,9 @@ class ArenaPool:
                 )
             self._arena = None
             kept.close()
-        arena = self._arena = HostArena(nbytes, threads=self._threads, huge_pages=self._huge_pages)
+        arena = self._arena = HostArena(
+            nbytes, threads=self._threads, huge_pages=self._huge_pages, cpus=self._cpus
+        )
         self._new = True
         return arena
 

@@ -11,6 +11,7 @@ from ckpt_engine.checkpoint.arena import HostArena
 from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.loader import load
 from ckpt_engine.checkpoint.pool import ArenaPool
+from ckpt_engine.checkpoint.progress import Progress
 from ckpt_engine.checkpoint.sources import FileSource
 from ckpt_engine.checkpoint.tensor_copies import has_lone_surrogate
 from ckpt_engine.errors import CheckpointError, CheckpointExistsError, ConfigError, UnknownCheckpointError
@@ -20,7 +21,7 @@ from ckpt_engine.host_memory import HostMemoryPinner
 class CheckpointRegistry:
     """Registers, finds and frees checkpoints. Any thread may call anything at any time.
 
-    `threads`, `huge_pages`, `pinner`: for loading, as of `loader.load`.
+    `threads`, `huge_pages`, `pinner`, `cpus`: for loading, as of `loader.load`.
 
     Its shared memory pool is one arena that the checkpoints registered with `use_shared_memory_pool` use in
     turn, one at a time. Unregistering them keeps it, for the next one to fill.
@@ -31,14 +32,16 @@ class CheckpointRegistry:
         threads: int | None = None,
         huge_pages: bool | None = None,
         pinner: HostMemoryPinner | None = None,
+        cpus: frozenset[int] | None = None,
     ) -> None:
         self._threads = threads
         self._huge_pages = huge_pages
         self._pinner = pinner
+        self._cpus = cpus
         self._lock = threading.Lock()
         self._held: dict[str, HostCheckpoint] = {}
         self._loading: set[str] = set()
-        self._pool = ArenaPool(threads, huge_pages)
+        self._pool = ArenaPool(threads, huge_pages, cpus)
         self._pool_user: str | None = None  # the name that the pool belongs to, from its loading on
         self._closed = False
 
@@ -50,6 +53,7 @@ class CheckpointRegistry:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        on_progress: Progress | None = None,
     ) -> HostCheckpoint:
         """Loads this rank's share and keeps it under the name. Neither files nor tensors: an empty share.
 
@@ -57,6 +61,7 @@ class CheckpointRegistry:
             use_shared_memory_pool: into the pool's arena, which grows where it must.
             use_inplace_pin_memory: files below /dev/shm stay where they are (`loader.load`: `in_place`), and
                 their names are removed once everything is registered, if all of their tensors were taken.
+            on_progress: as of `loader.load`.
 
         Raises:
             ConfigError: the name is empty, or an argument is not what it may be.
@@ -83,6 +88,8 @@ class CheckpointRegistry:
                 threads=self._threads,
                 huge_pages=self._huge_pages,
                 pinner=self._pinner,
+                cpus=self._cpus,
+                on_progress=on_progress,
                 in_place=use_inplace_pin_memory,
                 pool=self._pool if use_shared_memory_pool else None,
             )

@@ -37,22 +37,26 @@ _SCRATCH_NBYTES = 512 * 1024
 
 @dataclass(frozen=True, slots=True)
 class StridedPiece:
-    """`count` runs of `nbytes`, contiguous in the file, `stride` bytes apart in the arena."""
+    """`count` runs of `run_nbytes`, contiguous in the file, `stride` bytes apart in the arena."""
 
     tensor: str
     file_offset: int
     arena_offset: int
-    nbytes: int
+    run_nbytes: int
     stride: int
     count: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.run_nbytes
+
     def read(self, descriptor: int, path: Path, arena: HostArena) -> None:
-        span = (self.count - 1) * self.stride + self.nbytes
+        span = (self.count - 1) * self.stride + self.run_nbytes
         arena.populate(self.arena_offset, span)
         memory = arena.memory(self.arena_offset, span)
         done = (
             self._direct(descriptor, memory)
-            if self.nbytes >= _DIRECT_NBYTES
+            if self.run_nbytes >= _DIRECT_NBYTES
             else self._copied(descriptor, memory)
         )
         if not done:
@@ -61,24 +65,24 @@ class StridedPiece:
     def _direct(self, descriptor: int, memory: memoryview) -> bool:
         for first in range(0, self.count, MAX_IOVECS):
             runs = range(first, min(first + MAX_IOVECS, self.count))
-            targets = [memory[run * self.stride : run * self.stride + self.nbytes] for run in runs]
-            if read_into(descriptor, targets, self.file_offset + first * self.nbytes) < len(targets):
+            targets = [memory[run * self.stride : run * self.stride + self.run_nbytes] for run in runs]
+            if read_into(descriptor, targets, self.file_offset + first * self.run_nbytes) < len(targets):
                 return False
         return True
 
     def _copied(self, descriptor: int, memory: memoryview) -> bool:
-        at_once = max(1, _SCRATCH_NBYTES // self.nbytes)
-        scratch = np.empty(at_once * self.nbytes, np.uint8)
+        at_once = max(1, _SCRATCH_NBYTES // self.run_nbytes)
+        scratch = np.empty(at_once * self.run_nbytes, np.uint8)
         # The widest element that fits all of it: a run of one bfloat16 is one assignment, not two.
-        width = math.gcd(self.nbytes, self.stride, self.arena_offset, 8)
+        width = math.gcd(self.run_nbytes, self.stride, self.arena_offset, 8)
         kind = np.dtype(f"u{width}")
         for first in range(0, self.count, at_once):
             runs = min(at_once, self.count - first)
-            source = scratch[: runs * self.nbytes]
-            if not read_into(descriptor, [source.data], self.file_offset + first * self.nbytes):
+            source = scratch[: runs * self.run_nbytes]
+            if not read_into(descriptor, [source.data], self.file_offset + first * self.run_nbytes):
                 return False
             target: np.ndarray[tuple[int, int], np.dtype[np.uint8]] = np.ndarray(
-                (runs, self.nbytes // width), kind, memory, first * self.stride, (self.stride, width)
+                (runs, self.run_nbytes // width), kind, memory, first * self.stride, (self.stride, width)
             )
             target[:] = source.view(kind).reshape(target.shape)
         return True

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -79,12 +82,16 @@ class Copy:
     arena_offset: int
     nbytes: int
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where it comes from; None for the CPU."""
+        return None if self.source.device.type == "cpu" else self.source.device
+
     def run(self, arena: HostArena) -> None:
         arena.populate(self.arena_offset, self.nbytes)
         target, source = arena.view(self.arena_offset, self.nbytes), self.source
         if (
-            source.device.type == "cpu"
-            and source.is_contiguous()
+            source.is_contiguous()
             and not source.is_conj()  # bits that a copy must still flip
             and not source.is_neg()
         ):
@@ -93,6 +100,71 @@ class Copy:
             return
         with torch.no_grad():  # grad mode is per thread
             target.view(source.dtype).view(source.shape).copy_(source)
+
+    def enqueue(self, arena: HostArena) -> None:
+        """Enqueues it on the current stream of its device."""
+        target = arena.view(self.arena_offset, self.nbytes)
+        with torch.no_grad():
+            target.view(self.source.dtype).view(self.source.shape).copy_(self.source, non_blocking=True)
+
+
+_BATCH_NBYTES = 256 * 1024 * 1024
+"""Copies from a device are enqueued this far ahead, twice: it says how far they have come."""
+
+
+def copy_tasks(
+    copies: Iterable[Copy], arena: HostArena, done: Callable[[int], object]
+) -> list[Callable[[], None]]:
+    """Tasks for threads: one for each copy from the CPU, one for all copies from the same device.
+
+    `done` is called with the bytes of copies that have ended. The arena is populated, and pinned where it is
+    to be fast, before a task of a device runs.
+    """
+
+    def one(copy: Copy) -> None:
+        copy.run(arena)
+        done(copy.nbytes)
+
+    tasks: list[Callable[[], None]] = []
+    by_device: dict[torch.device, list[Copy]] = {}
+    for copy in copies:
+        if copy.device is None:
+            tasks.append(partial(one, copy))
+        else:
+            by_device.setdefault(copy.device, []).append(copy)
+    # First: threads that copy from the CPU are many, and the bus is to be busy meanwhile.
+    return [partial(copy_from_device, part, arena, done) for part in by_device.values()] + tasks
+
+
+def copy_from_device(copies: Sequence[Copy], arena: HostArena, done: Callable[[int], object]) -> None:
+    """Copies from one device, enqueued on a stream of their own, so that the bus is never idle between them
+    and no kernel of the caller's waits for them. However it ends, no copy is at work any more.
+    """
+    device = copies[0].source.device
+    module = torch.get_device_module(device)
+    stream = module.Stream(device)
+    ends: deque[tuple[int, Any]] = deque()
+
+    def wait() -> None:
+        nbytes, end = ends.popleft()
+        end.synchronize()
+        done(nbytes)
+
+    try:
+        with module.stream(stream):
+            enqueued = 0
+            for copy in copies:
+                copy.enqueue(arena)
+                enqueued += copy.nbytes
+                if enqueued >= _BATCH_NBYTES or copy is copies[-1]:
+                    ends.append((enqueued, stream.record_event(module.Event(blocking=True))))
+                    enqueued = 0
+                    if len(ends) > 1:
+                        wait()
+        while ends:
+            wait()
+    finally:
+        stream.synchronize()
 
 
 def cut_copies(tensor: torch.Tensor, arena_offset: int) -> Iterator[Copy]:

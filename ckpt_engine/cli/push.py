@@ -24,10 +24,11 @@ from ckpt_engine.errors import ConfigError
 
 if TYPE_CHECKING:
     from ckpt_engine.checkpoint import FileSelection
+    from ckpt_engine.checkpoint.progress import Progress
     from ckpt_engine.metadata import Metas
     from ckpt_engine.parameter_server import ParameterServer
     from ckpt_engine.update.request import SocketPaths
-    from ckpt_engine.update.session import Progress, UpdateReport
+    from ckpt_engine.update.session import UpdateReport
 
 _PLAIN_PROGRESS_SECONDS = 5.0
 
@@ -282,9 +283,9 @@ class _Run:
                 name = ps.load_metas(weights.fleets)
         else:
             assert weights.path is not None
-            with self.stages.stage("register"):
+            with self.stages.stage("register"), _progress("register", shown=self.stages.shown) as on_progress:
                 share = share_of(weights.path, weights.split, ps.rank, ps.world_size)
-                ps.register_checkpoint(name, files=share)
+                ps.register_checkpoint(name, files=share, on_progress=on_progress)
         if self.asks:
             with self.stages.stage("health"):
                 self.target.wait_until_ready(self.health_timeout)
@@ -322,7 +323,7 @@ class _Run:
 
         with (
             self.stages.stage(stage),
-            _progress(shown=self.stages.shown and takes_part) as on_progress,
+            _progress("update", shown=self.stages.shown and takes_part) as on_progress,
             self.target.paused(timeout) if asks else nullcontext(),
         ):
             report = self.ps.update(name, ask_engine, timeout=timeout, ranks=ranks, on_progress=on_progress)
@@ -380,8 +381,8 @@ def _report(report: UpdateReport, stages: Stages, world_size: int, weights: Weig
 
 
 @contextmanager
-def _progress(*, shown: bool) -> Iterator[Progress | None]:
-    """What to call with the bytes that have arrived: a bar on a terminal, else a line every 5 s (stderr)."""
+def _progress(what: str, *, shown: bool) -> Iterator[Progress | None]:
+    """What to call with the bytes that are there: a bar on a terminal, else a line every 5 s (stderr)."""
     if not shown:
         yield None
         return
@@ -390,15 +391,15 @@ def _progress(*, shown: bool) -> Iterator[Progress | None]:
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield _plain_progress()
+        yield _plain_progress(what)
         return
     columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("update", total=None)
+        task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _plain_progress() -> Callable[[int, int], None]:
+def _plain_progress(what: str) -> Callable[[int, int], None]:
     told = time.monotonic()
 
     def tell(done: int, total: int) -> None:
@@ -406,6 +407,6 @@ def _plain_progress() -> Callable[[int, int], None]:
         now = time.monotonic()
         if now - told >= _PLAIN_PROGRESS_SECONDS:
             told = now
-            typer.echo(f"update: {format_nbytes(done)} of {format_nbytes(total)}", err=True)
+            typer.echo(f"{what}: {format_nbytes(done)} of {format_nbytes(total)}", err=True)
 
     return tell

@@ -13,6 +13,7 @@ from ckpt_engine.devices.cpu import CpuDevice, SharedRing, cpu_uuid
 from ckpt_engine.devices.handles import NpuRing, RingHandle, SharedMemoryRing
 from ckpt_engine.devices.npu import load as load_npu
 from ckpt_engine.devices.npu import npu_is_available
+from ckpt_engine.devices.numa import NumaPlace, numa_place
 from ckpt_engine.errors import ConfigError, ProtocolError
 from ckpt_engine.settings import Settings, load_settings
 
@@ -29,6 +30,7 @@ __all__ = [
     "device_count",
     "make_device",
     "map_ring",
+    "numa_place_of",
     "open_shared_ring",
     "pci_addresses",
     "synchronize_stream",
@@ -65,6 +67,12 @@ def pci_addresses(kind: str) -> list[str]:
     from ckpt_engine.devices.cudart import pci_address
 
     return [pci_address(index) for index in range(torch.cuda.device_count())]
+
+
+def numa_place_of(kind: str, index: int) -> NumaPlace | None:
+    """Where the device is in the host; None where there is one node only, or nothing says so."""
+    addresses = pci_addresses(kind)
+    return numa_place(addresses[index]) if index < len(addresses) else None
 
 
 def make_device(name: str | None, settings: Settings, index: int) -> Device:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckpt_engine.devices import cpu_uuid, detect_device, device_count
+from ckpt_engine.devices import cpu_uuid, detect_device, device_count, numa_place_of
+from ckpt_engine.devices.numa import NumaPlace
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import Settings
@@ -26,3 +27,19 @@ def find(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding
 
         for index in range(count or 0):
             yield Finding(f"cuda {index}", Level.OK, cuda_uuid(settings, index))
+            place = numa_place_of(kind, index)
+            if place is not None:
+                yield _numa(f"cuda {index}", place, settings)
+
+
+def _numa(subject: str, place: NumaPlace, settings: Settings) -> Finding:
+    if not settings.numa:
+        return Finding(subject, Level.OK, f"is on {place}; CKPT_ENGINE_NUMA is off")
+    if place.cpus:
+        return Finding(subject, Level.OK, f"is on {place}: there host arenas are made")
+    return Finding(
+        subject,
+        Level.WARNING,
+        f"is on {place}: host arenas lie on another node, whence copies to it are slower",
+        remedy="allow this container CPUs of that node (--cpuset-cpus), or another GPU",
+    )

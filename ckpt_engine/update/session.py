@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 
 from ckpt_engine.checkpoint import HostCheckpoint
+from ckpt_engine.checkpoint.progress import Progress
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import (
     CheckpointError,
@@ -51,9 +52,6 @@ logger = logging.getLogger(__name__)
 
 CAUSE_SECONDS = 0.5
 """How long a rank that lost another one waits to hear why."""
-
-Progress = Callable[[int, int], object]
-"""Called with (bytes given back by this rank's worker, bytes in all)."""
 
 
 def purpose_of(checkpoint_name: str) -> str:
@@ -116,7 +114,7 @@ class UpdateSession:
     req_func: Callable[[SocketPaths], object]
     deadline: Deadline
     keep_buffers: bool = False
-    progress: Progress | None = None
+    progress: Progress | None = None  # of bytes that this rank's worker gave back
     _stage: str = "begin"
     _stages: dict[str, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)

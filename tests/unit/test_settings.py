@@ -53,6 +53,7 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_CUSTOM_DIST": ("custom_dist", "vllm_nccl", "vllm_nccl"),
     "CKPT_ENGINE_RELEASE_GROUPS": ("release_groups", "1", True),
     "CKPT_ENGINE_GUARD": ("guard", "true", True),
+    "CKPT_ENGINE_NUMA": ("numa", "false", False),
     "CKPT_ENGINE_INPLACE_PIN": ("inplace_pin", "true", True),
 }
 

@@ -36,6 +36,7 @@ from ckpt_engine.checkpoint import (
 )
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError, ConfigError, HostMemoryError
 from ckpt_engine.metadata import DTYPE_NBYTES
+from tests.support.npy_files import NpyFile
 
 Arenas = list[weakref.ref[mmap.mmap]]
 
@@ -47,8 +48,8 @@ def arenas(monkeypatch: pytest.MonkeyPatch) -> Arenas:
     """The memory of all arenas that loading makes."""
     memories: Arenas = []
 
-    def made(nbytes: int, *, threads: int | None, huge_pages: bool | None) -> HostArena:
-        arena = HostArena(nbytes, threads=threads, huge_pages=huge_pages)
+    def made(nbytes: int, **options: Any) -> HostArena:  # noqa: ANN401
+        arena = HostArena(nbytes, **options)
         memories.append(memory_of(arena))
         return arena
 
@@ -76,6 +77,34 @@ def test_every_dtype_and_shape_from_a_file(tmp_path: Path) -> None:
 def test_every_dtype_and_shape_from_tensors() -> None:
     checkpoint = load("c", named_tensors=all_dtypes())
     assert contents(checkpoint) == expected(all_dtypes())
+
+
+def test_progress_counts_every_byte_once(tmp_path: Path) -> None:
+    save_file(
+        {f"f{i}": random_tensor("uint8", (5_000_001,), i) for i in range(8)}, tmp_path / "a.safetensors"
+    )
+    shards = [NpyFile([("n", random_tensor("uint8", (3000, 700), i), 1)]) for i in range(2)]
+    files = [shard.write(tmp_path / f"model.0.{i}.npy") for i, shard in enumerate(shards)]
+    told: list[tuple[int, int]] = []
+    checkpoint = load(
+        "c",
+        [tmp_path / "a.safetensors", *files],
+        {"t": torch.zeros(123, 7)},
+        on_progress=lambda done, total: told.append((done, total)),
+    )
+    assert len(told) > 3
+    assert {total for _, total in told} == {checkpoint.nbytes}
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert told[-1][0] == checkpoint.nbytes
+
+
+def test_who_hears_of_progress_can_end_it(arenas: Arenas) -> None:
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError(f"enough at {done} of {total}")
+
+    with pytest.raises(RuntimeError, match=r"enough at 4 of 8"):
+        load("c", named_tensors={"a": torch.zeros(1), "b": torch.zeros(1)}, threads=1, on_progress=stop)
+    assert [memory() for memory in arenas] == [None]
 
 
 def test_host_buffers(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import mmap
+import os
 import resource
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -197,3 +199,33 @@ def test_huge_pages_are_probed_once_and_only_for_large_arenas(monkeypatch: pytes
     HostArena(256 * 1024**2)
     HostArena(256 * 1024**2, huge_pages=True)
     assert asked[6:] == [asked[5], True]
+
+
+def test_pages_are_made_on_the_cpus_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = os.sched_getaffinity(0)
+    one = frozenset([max(mine)])
+    seen: list[tuple[str, set[int]]] = []
+    real = arena._populate
+
+    def populate(*arguments: Any) -> None:  # noqa: ANN401
+        seen.append((threading.current_thread().name, os.sched_getaffinity(0)))
+        real(*arguments)
+
+    monkeypatch.setattr(arena, "_populate", populate)
+    held = HostArena(3 * arena.PIECE_NBYTES + 5, threads=2, cpus=one)
+    held.populate()
+    assert {frozenset(cpus) for _, cpus in seen} == {one}
+    assert len(seen) == 4
+    held.populate(0, 1)  # a small part too
+    assert seen[-1][1] == one
+    assert all(name.startswith("ckpt-populate") for name, _ in seen)
+    assert os.sched_getaffinity(0) == mine
+    held.close()
+
+
+def test_cpus_that_were_taken_away_only_warn(caplog: pytest.LogCaptureFixture) -> None:
+    held = HostArena(arena.PIECE_NBYTES, cpus=frozenset([4095]))
+    held.populate()
+    assert "cannot run on the CPUs of the device's NUMA node" in caplog.text
+    held.view(0, 1).fill_(1)
+    held.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from checkpoint_files_for_tests import contents, expected
 from pinner_for_tests import FakePinner
 from safetensors.torch import save_file
 
-from ckpt_engine import ParameterServer
+from ckpt_engine import ParameterServer, parameter_server
+from ckpt_engine.checkpoint import arena
 from ckpt_engine.devices import CpuDevice
+from ckpt_engine.devices.numa import NumaPlace
 from ckpt_engine.errors import CheckpointError
 
 WEIGHTS = {"w": torch.arange(2000.0)}
@@ -73,3 +77,25 @@ def test_pool(pinner: FakePinner, caplog: pytest.LogCaptureFixture) -> None:
         assert caplog.text == ""
         ps.unregister_checkpoint("b", force=True)
         assert "'b' is not registered" in caplog.text
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_host_memory_is_made_near_the_device(
+    pinner: FakePinner, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, on: bool
+) -> None:
+    near = frozenset([max(os.sched_getaffinity(0))])
+    monkeypatch.setenv("CKPT_ENGINE_NUMA", str(on).lower())
+    monkeypatch.setattr(parameter_server, "numa_place_of", lambda *_: NumaPlace(1, near))
+    seen: list[frozenset[int]] = []
+    real = arena._populate
+
+    def populate(*arguments: Any) -> None:  # noqa: ANN401
+        seen.append(frozenset(os.sched_getaffinity(0)))
+        real(*arguments)
+
+    monkeypatch.setattr(arena, "_populate", populate)
+    with caplog.at_level("INFO"), ParameterServer(device="cpu", rank=0, world_size=1) as ps:
+        ps.register_checkpoint("c", named_tensors=WEIGHTS)
+        ps.register_checkpoint("d", named_tensors=WEIGHTS, use_shared_memory_pool=True)
+    assert seen == ([near] if on else [frozenset(os.sched_getaffinity(0))]) * 2
+    assert ("cpu 0 is on NUMA node 1, of whose CPUs 1 are allowed here" in caplog.text) == on

@@ -398,7 +398,7 @@ def test_the_http_request_ends_before_the_update(timeout: float) -> None:
 def test_plain_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     now = 100.0
     monkeypatch.setattr(push_module.time, "monotonic", lambda: now)
-    tell = push_module._plain_progress()
+    tell = push_module._plain_progress("update")
     tell(1024, 4096)
     now = 106.0
     tell(2048, 4096)
