@@ -118,11 +118,10 @@ class Receiver:
             items,
             self._sources,
             self._reading,
-            lambda held: Lease.take(
+            lambda held, _: Lease.take(
                 held.lease_address or "", held.session, NAME, held.epoch, Deadline.after(60), reader=token
             ),
-            place_nbytes=nbytes,
-            place_count=count,
+            landing=lambda: self._reading.staging(nbytes, count),
             read_timeout=120,
             recorder=NO_RECORDER,
         )

@@ -41,13 +41,15 @@ class Senders:
         """Whether anything must be read by P2P."""
         return bool(self.outside or self.fleets)
 
-    @property
-    def fleet_count(self) -> int:
-        return max(1, len(self.fleets))
+    def sources(self, first_fleet: int = 0, found: Sequence[Metas] = ()) -> Sources:
+        """What is to be read, from fleet `first_fleet` where it can be.
 
-    def sources(self, first_fleet: int = 0) -> Sources:
-        """What is to be read, from fleet `first_fleet` where it can be."""
-        return Sources.of_fleets(self.fleets, first_fleet) if self.fleets else Sources(self.outside)
+        Args:
+            found: more fleets, behind these, that hold the same weights.
+        """
+        return (
+            Sources.of_fleets([*self.fleets, *found], first_fleet) if self.fleets else Sources(self.outside)
+        )
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 
@@ -156,6 +157,19 @@ def metas_from_json(text: bytes | str) -> Metas:
         if held.rank != rank:
             raise CheckpointFormatError(f"metas of rank {rank} claim to be of rank {held.rank}")
     return metas
+
+
+def fleets_from_json(text: bytes | str) -> list[Metas]:
+    """One fleet's metas, or an array of several fleets'. Raises as `metas_from_json`."""
+    try:
+        several = json.loads(text)
+    except ValueError as error:
+        raise CheckpointFormatError(f"not a metas document: {error}") from None
+    if not isinstance(several, list):
+        return [metas_from_json(text)]
+    if not several:
+        raise CheckpointFormatError("not a metas document: an array without a fleet")
+    return [metas_from_json(json.dumps(fleet)) for fleet in several]
 
 
 _JSON = msgspec.json.Encoder()

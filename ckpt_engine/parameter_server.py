@@ -39,6 +39,7 @@ from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import error_of
 from ckpt_engine.transport.vllm_groups import check_custom_dist
+from ckpt_engine.update.keeping import Keeping
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
@@ -285,6 +286,7 @@ class ParameterServer:
         timeout: Timeout = TEN_MINUTES,
         ranks: Sequence[int] | None = None,
         keep_buffers: bool = False,
+        keep: bool = False,
         on_progress: Progress | None = None,
     ) -> UpdateReport:
         """Puts the checkpoint into the workers of all `ranks`, or into none. Each of them must call it.
@@ -300,6 +302,9 @@ class ParameterServer:
                 is not needed, and returns at once, with a report of no version.
             keep_buffers: keep the ring on the device for the next update: faster, but its memory is not the
                 engine's in between, nor while the post hooks run.
+            keep: of another fleet, whose metas were loaded: what this rank reads stays in its host memory,
+                as its share of the checkpoint, and others who join that fleet read it here, from the first
+                bucket on. Needs the memory for it. Ends with `unregister_checkpoint`.
             on_progress: called with (bytes loaded by this rank's worker, bytes in all).
 
         Raises:
@@ -318,13 +323,18 @@ class ParameterServer:
             members=members,
             receives=self.rank in wanted,
             checkpoint_name=checkpoint_name,
-            prepare=lambda: self._prepare(checkpoint_name, members),
+            prepare=lambda: self._prepare(checkpoint_name, members, keep=keep),
             req_func=req_func,
             deadline=deadline,
             keep_buffers=keep_buffers,
             progress=on_progress,
+            keeping=self._keeping(checkpoint_name) if keep else None,
         )
-        report = session.run()
+        try:
+            report = session.run()
+        finally:
+            if session.kept is not None:  # also if it was committed, and `req_func` failed
+                self._registry.adopt(session.kept)
         logger.info(
             "rank %d: %r is in place as version %s: %d tensors, %d bytes in %.3f s",
             self.rank,
@@ -336,8 +346,20 @@ class ParameterServer:
         )
         return report
 
-    def _prepare(self, name: str, members: Sequence[int]) -> tuple[HostCheckpoint | None, Senders]:
+    def _keeping(self, name: str) -> Keeping:
+        def promise(share: HostCheckpoint) -> RankMetas:
+            return self._metas_of(name, share, filled=False)
+
+        return Keeping(ends=self._p2p, promise=promise)
+
+    def _prepare(
+        self, name: str, members: Sequence[int], *, keep: bool
+    ) -> tuple[HostCheckpoint | None, Senders]:
         held = self._held(name)
+        if keep and held is not None:
+            raise CheckpointExistsError(
+                f"{name!r} is registered on rank {self.rank}: unregister it before another one is kept"
+            )
         return held, self._gathered.of(name, held.epoch if held else "", self._registry.names(), members)
 
     def _in_range(self, ranks: Sequence[int] | None, purpose: str) -> list[int]:
@@ -439,7 +461,9 @@ class ParameterServer:
 
     # Metas
 
-    def _metas_of(self, checkpoint_name: str, held: HostCheckpoint | None) -> RankMetas:
+    def _metas_of(
+        self, checkpoint_name: str, held: HostCheckpoint | None, *, filled: bool = True
+    ) -> RankMetas:
         return RankMetas(
             rank=self.rank,
             host=self.settings.host_id,
@@ -448,7 +472,7 @@ class ParameterServer:
             epoch=held.epoch if held else "",
             checkpoint=checkpoint_name,
             buffers=held.buffers if held else (),
-            **self._p2p.offer(held),
+            **self._p2p.offer(held, filled=filled),
         )
 
 

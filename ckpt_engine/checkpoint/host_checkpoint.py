@@ -61,6 +61,11 @@ class HostCheckpoint:
             _memories=tuple(memory for memory, _ in placed),
         )
 
+    @classmethod
+    def of_memory(cls, name: str, arena: HostArena, buffers: tuple[HostBufferMeta, ...]) -> HostCheckpoint:
+        """Of buffers that lie in `arena`, or are to."""
+        return cls(name=name, arena=arena, buffers=buffers, _memories=(arena,) * len(buffers))
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors, without the padding between them."""

@@ -107,6 +107,17 @@ class CheckpointRegistry:
         checkpoint.unlink_files()
         return checkpoint
 
+    def adopt(self, checkpoint: HostCheckpoint) -> None:
+        """Keeps one that was filled elsewhere, under its name.
+
+        Raises:
+            CheckpointExistsError: the name is taken; it is not kept.
+        """
+        self._reserve(checkpoint.name, pooled=False)
+        with self._lock:
+            self._loading.discard(checkpoint.name)
+            self._held[checkpoint.name] = checkpoint
+
     def _reserve(self, checkpoint_name: str, *, pooled: bool) -> None:
         with self._lock:
             self._check_open()

@@ -159,7 +159,7 @@ class Weights:
     """Where the weights come from, and how they travel.
 
     `path`: a checkpoint's files, registered as `name`; or `fleets`: metas of other fleets, whose weights are
-    read by P2P. `method`: of a checkpoint's files.
+    read by P2P. `method`: of a checkpoint's files. `keep`: what is read, for others to read.
     """
 
     path: Path | None = None
@@ -167,6 +167,7 @@ class Weights:
     split: Split | None = None
     method: UpdateMethod = UpdateMethod.BROADCAST
     fleets: Sequence[Metas] = ()
+    keep: bool = False
 
     @classmethod
     def chosen(
@@ -178,6 +179,7 @@ class Weights:
         method: UpdateMethod,
         metas_files: Sequence[Path],
         join: Sequence[str],
+        keep: bool = False,
     ) -> Weights:
         """By a command's options. Raises typer.BadParameter, and what `fleets_of` raises."""
         joins = bool(metas_files or join)
@@ -188,7 +190,10 @@ class Weights:
             )
         if not joins and path is None:
             raise typer.BadParameter("say which checkpoint", param_hint="--checkpoint-path")
-        return cls(path=path, name=name, split=split, method=method, fleets=fleets_of(metas_files, join))
+        if keep and not joins:
+            raise typer.BadParameter("there is no fleet to join", param_hint="--keep")
+        fleets = fleets_of(metas_files, join)
+        return cls(path=path, name=name, split=split, method=method, fleets=fleets, keep=keep)
 
     @property
     def p2p(self) -> str:
@@ -299,7 +304,8 @@ class _Run:
         everybody = list(range(self.ps.world_size))
         if weights.fleets:
             # Those that ask no engine are here first.
-            return self._update("update", name, everybody, self.timeout + self.health_timeout)
+            wait = self.timeout + self.health_timeout
+            return self._update("update", name, everybody, wait, keep=weights.keep)
         report = None
         if weights.method in (UpdateMethod.BROADCAST, UpdateMethod.ALL):
             report = self._update("update", name, None, self.timeout)
@@ -311,7 +317,9 @@ class _Run:
         assert report is not None
         return report
 
-    def _update(self, stage: str, name: str, ranks: list[int] | None, timeout: float) -> UpdateReport:
+    def _update(
+        self, stage: str, name: str, ranks: list[int] | None, timeout: float, *, keep: bool = False
+    ) -> UpdateReport:
         from ckpt_engine.server.engine_client import request_timeout
 
         takes_part = ranks is None or self.ps.rank in ranks
@@ -326,7 +334,9 @@ class _Run:
             _progress("update", shown=self.stages.shown and takes_part) as on_progress,
             self.target.paused(timeout) if asks else nullcontext(),
         ):
-            report = self.ps.update(name, ask_engine, timeout=timeout, ranks=ranks, on_progress=on_progress)
+            report = self.ps.update(
+                name, ask_engine, timeout=timeout, ranks=ranks, keep=keep, on_progress=on_progress
+            )
         if takes_part:
             self.stages.say(
                 f"{name} is in place as version {report.version}: {report.tensors} tensors, "
@@ -373,6 +383,7 @@ def _report(report: UpdateReport, stages: Stages, world_size: int, weights: Weig
         "content": report.content,
         "p2p_transport": report.transport,
         "p2p_bytes": report.p2p_nbytes,
+        "kept_bytes": report.kept_nbytes,
         "lost_sources": list(report.lost_sources),
         "update_seconds": report.seconds,
         "stages": stages.seconds,

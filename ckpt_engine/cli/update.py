@@ -133,6 +133,14 @@ def update(
             show_default=False,
         ),
     ] = None,
+    keep: Annotated[
+        bool,
+        typer.Option(
+            "--keep",
+            help="With --join or --load-metas-file: keep what is read in host memory, for --sleep-time "
+            "seconds, so that others who join read it here.",
+        ),
+    ] = False,
     report_file: Annotated[
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
     ] = None,
@@ -163,6 +171,7 @@ def update(
         method=update_method,
         metas_files=load_metas_file or (),
         join=join or (),
+        keep=keep,
     )
     push(
         make_engine,

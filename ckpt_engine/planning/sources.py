@@ -17,8 +17,10 @@ from ckpt_engine.planning.plan import Bucket
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Extent:
-    """Bytes to read: `nbytes` from `address` in the source's memory to `offset` in the bucket."""
+    """Bytes to read: `nbytes` from `address`, in the source's host buffer number `buffer`, to `offset` in the
+    bucket."""
 
+    buffer: int
     address: int
     offset: int
     nbytes: int
@@ -74,6 +76,12 @@ class Sources:
         owners = [held for fleet in order for _, held in sorted(fleet.items())]
         return cls(dict(enumerate(held for held in owners if held.tensor_count and held.readable)))
 
+    def origin_of(self, tensor: str) -> str:
+        """The epoch of the share in which it was registered, wherever it is read."""
+        place = self._places[tensor][0]
+        held = self.by_number[place.source]
+        return held.origin_of(held.buffers[place.buffer])
+
     def reads_of(self, bucket: Bucket, lost: Collection[int] = ()) -> dict[int, tuple[Extent, ...]]:
         """What to read from which source for a bucket, with as few reads as its layout allows.
 
@@ -100,7 +108,11 @@ class Sources:
                 # As far apart in the bucket as in the host buffer: one read brings both.
                 extents[-1] = replace(last, nbytes=tensor.offset + tensor.nbytes - last.offset)
             elif tensor.nbytes:
-                extents.append(Extent(address=place.address, offset=tensor.offset, nbytes=tensor.nbytes))
+                extents.append(
+                    Extent(
+                        buffer=place.buffer, address=place.address, offset=tensor.offset, nbytes=tensor.nbytes
+                    )
+                )
             else:
                 continue
             before = place

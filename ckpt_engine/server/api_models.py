@@ -72,6 +72,9 @@ class UpdateRequest(_Request):
     inference_group_ranks: RankList | None = Field(None, description="As in `engines`.")
     uds: str | None = Field(None, min_length=1, description="As in `engines`.")
     engines: list[EngineTarget] | None = Field(None, description="Several engines, instead of `update_url`.")
+    keep: bool = Field(
+        False, description="As of `ParameterServer.update`: keep what is read of another fleet, for others."
+    )
     timeout: Seconds = Field(600.0, description="Seconds that the whole update may take.")
 
     @model_validator(mode="after")
@@ -135,8 +138,9 @@ class Updated(BaseModel):
 
 
 class MetasLoaded(BaseModel):
-    ranks: int
-    tensors: int
+    fleets: int
+    ranks: int = Field(description="Of all fleets.")
+    tensors: int = Field(description="Of the checkpoint.")
     senders: dict[str, list[int]] = Field(description="`{rdma_device}@{host}` -> the ranks behind it.")
 
 

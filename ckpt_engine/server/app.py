@@ -229,6 +229,7 @@ def _add_checkpoints(app: FastAPI, here: RankWork, driver: Driver) -> None:
 
 def _add_metas(app: FastAPI, here: RankWork, operations: Operations) -> None:
     schema = {"type": "object", "description": "Metas, as GET gives them: an object whose keys are ranks."}
+    several = {"type": "array", "items": schema, "description": "Of fleets that hold the same weights."}
     content = {"application/json": {"schema": schema}}
 
     @app.get(
@@ -246,10 +247,15 @@ def _add_metas(app: FastAPI, here: RankWork, operations: Operations) -> None:
         "/v1/metas",
         summary="Load another fleet's metas",
         responses=_ERRORS,
-        openapi_extra={"requestBody": {"required": True, "content": content}},
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": {"oneOf": [schema, several]}}},
+            }
+        },
     )
     async def post_metas(request: Request) -> MetasLoaded:
-        """Replaces the senders' side by another fleet's metas. Each rank has its own: ask each."""
+        """Replaces the senders' side by another fleet's metas, or an array of several's. Ask each rank."""
         text = await request.body()
         return await operations.exclusive(
             "loading of metas", "", lambda: operations.blocking(lambda: here.load_metas(text))

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ckpt_engine.errors import CkptEngineError, ConfigError, UnknownCheckpointError
-from ckpt_engine.metadata import metas_from_json
+from ckpt_engine.metadata import fleets_from_json
 from ckpt_engine.server.api_models import (
     EngineTarget,
     FilesRequest,
@@ -95,6 +95,7 @@ class RankWork:
             ),
             timeout=request.timeout,
             ranks=request.ranks,
+            keep=request.keep,
         )
         updated = Updated(**asdict(report))
         if report.version:  # else this rank was not needed
@@ -103,13 +104,14 @@ class RankWork:
 
     def load_metas(self, text: bytes) -> MetasLoaded:
         try:
-            metas = metas_from_json(text)
+            fleets = fleets_from_json(text)
         except CkptEngineError as error:
             raise InvalidMetas(str(error)) from None
-        self.ps.load_metas(metas)
+        self.ps.load_metas(fleets)
         return MetasLoaded(
-            ranks=len(metas),
-            tensors=sum(held.tensor_count for held in metas.values()),
+            fleets=len(fleets),
+            ranks=sum(map(len, fleets)),
+            tensors=sum(held.tensor_count for held in fleets[0].values()),
             senders={device: sorted(ranks) for device, ranks in self.ps.remote_topology.items()},
         )
 

@@ -3,10 +3,17 @@
 reader                                 owner
   Ask(session, checkpoint, ...)  ->
                                  <-    Refused(why)            and the connection ends
-                                 <-    Granted                 at once, or after others have read
+                                 <-    Granted(present)        at once, or after others have read
   Check                          ->
-                                 <-    Held                    the lease holds, up to now
+                                 <-    Held(present)           the lease holds, up to now
   Renew                          <->   Renew                   every RENEW_SECONDS; silence is death
+
+who will hold the same weights         an owner, as directory
+  Seek(session, checkpoint, ...) ->
+                                 <-    Refused(why)
+                                 <-    Found(place, groups)    those who hold them already
+  Announce(group, metas)         ->                            it stands until the connection ends
+  Renew                          <->   Renew
 """
 
 from __future__ import annotations
@@ -18,22 +25,49 @@ import msgspec
 from ckpt_engine.errors import P2PError
 from ckpt_engine.transport.framing import Message, decode, encode
 
-LEASE_PROTOCOL = 1
+LEASE_PROTOCOL = 2
 MAX_NBYTES = 16 * 1024
-"""Largest message, either way."""
+"""Largest message, either way, but of a directory."""
+MAX_METAS_NBYTES = 64 * 1024 * 1024
+"""Largest announcement."""
+MAX_GROUPS = 4
+"""How many a directory tells of: the newest."""
+MAX_FOUND_NBYTES = MAX_GROUPS * MAX_METAS_NBYTES
 RENEW_SECONDS = 5.0
 LEASE_SECONDS = 20.0
 """After how long without a sign of life the other side counts as gone."""
+ALL = -1
+"""In place of a number of host buffers: all of them."""
 
 
-class Ask(Message, frozen=True):
-    """`reader`: who reads; leases of the same reader count once."""
+class Opening(Message, frozen=True):
+    """What a connection begins with: whose share it is about."""
 
     protocol: int
     session: str
     checkpoint: str
     epoch: str
+
+
+class Ask(Opening, frozen=True):
+    """`reader`: who reads; leases of the same reader count once."""
+
     reader: str
+
+
+class Seek(Opening, frozen=True):
+    """`announces`: it will hold the weights itself, and say so: who asks next is told of it, too. `waits`:
+    for those who are to announce themselves; else nothing is told."""
+
+    announces: bool
+    waits: bool
+
+
+class Announce(Message, frozen=True):
+    """`metas`: of one rank, as JSON. `group`: alike for all ranks of one update."""
+
+    group: str
+    metas: bytes
 
 
 class Check(Message, frozen=True):
@@ -45,7 +79,9 @@ class Renew(Message, frozen=True):
 
 
 class Granted(Message, frozen=True):
-    pass
+    """`present`: so many host buffers of the share can be read, the first ones, or `ALL`."""
+
+    present: int = ALL
 
 
 class Refused(Message, frozen=True):
@@ -53,11 +89,21 @@ class Refused(Message, frozen=True):
 
 
 class Held(Message, frozen=True):
-    pass
+    """`present`: as of `Granted`."""
+
+    present: int = ALL
 
 
-ReaderMessage = Ask | Check | Renew
-OwnerMessage = Granted | Refused | Held | Renew
+class Found(Message, frozen=True):
+    """`place`: how many groups have announced themselves. `groups`: the metas of each one's ranks, of the
+    newest ones, the newest last."""
+
+    place: int
+    groups: tuple[tuple[bytes, ...], ...]
+
+
+ReaderMessage = Ask | Seek | Announce | Check | Renew
+OwnerMessage = Granted | Refused | Held | Found | Renew
 
 _READER: msgspec.msgpack.Decoder[ReaderMessage] = msgspec.msgpack.Decoder(ReaderMessage)
 _OWNER: msgspec.msgpack.Decoder[OwnerMessage] = msgspec.msgpack.Decoder(OwnerMessage)
@@ -65,7 +111,8 @@ _OWNER: msgspec.msgpack.Decoder[OwnerMessage] = msgspec.msgpack.Decoder(OwnerMes
 
 def frame(message: ReaderMessage | OwnerMessage) -> bytes:
     """Raises ProtocolError: it is too long."""
-    return encode(message, MAX_NBYTES)
+    limits = {Announce: MAX_METAS_NBYTES, Found: MAX_FOUND_NBYTES}
+    return encode(message, limits.get(type(message), MAX_NBYTES))
 
 
 def reader_message(body: bytes) -> ReaderMessage:

@@ -14,12 +14,13 @@ from ckpt_engine.update.rank import Rank
 class ReadsByP2P(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Whether a rank can read by P2P, where anything is to be read: by which `transport` (empty: it cannot,
     and `problem` says why), through which RDMA device. `first_fleet`: which of several fleets admitted this
-    update, if it is the first member's."""
+    update, `found`: the metas of fleets that had announced themselves, if it is the first member's."""
 
     transport: str = ""
     problem: str = ""
     rdma_device: str = ""
     first_fleet: int = 0
+    found: tuple[str, ...] = ()
 
 
 class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,6 +106,10 @@ class Meeting:
     @property
     def first_fleet(self) -> int:
         return self.by_rank[self.members[0]].p2p.first_fleet
+
+    @property
+    def found(self) -> tuple[str, ...]:
+        return self.by_rank[self.members[0]].p2p.found
 
     def readers(self, transports: Collection[str | None]) -> dict[str, set[int]]:
         """`{rdma_device}@{host}` -> the updated ranks behind it that can read by P2P.

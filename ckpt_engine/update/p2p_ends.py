@@ -9,7 +9,9 @@ from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import Device, pci_addresses
 from ckpt_engine.errors import ConfigError, P2PUnavailable
+from ckpt_engine.host_memory import HostMemoryPinner
 from ckpt_engine.settings import Settings
+from ckpt_engine.transport.leases import Announcement
 from ckpt_engine.transport.p2p import P2PStore, make_p2p_store
 from ckpt_engine.transport.rdma import devices_of_ranks
 from ckpt_engine.update.reading import Reading
@@ -37,6 +39,7 @@ class P2PEnds:
         self._unavailable = ""
         self.reading = Reading(self._make_store, device.pinner, self.rdma_device)
         self.serving = Serving(self._make_store, host_ip, settings.p2p_readers)
+        self._announcements: dict[str, Announcement] = {}
 
     def rdma_device(self) -> str:
         """This rank's, several joined by commas; empty: none. Raises ConfigError: as `devices_of_ranks`."""
@@ -52,8 +55,19 @@ class P2PEnds:
         devices = [name for name in self.rdma_device().split(",") if name]
         return make_p2p_store(self._settings, self.host_ip, self._device.type, devices)
 
-    def offer(self, held: HostCheckpoint | None) -> dict[str, Any]:
+    @property
+    def pinner(self) -> HostMemoryPinner | None:
+        return self._device.pinner
+
+    def announced(self, checkpoint_name: str, announcement: Announcement) -> None:
+        """It stands until the checkpoint is withdrawn."""
+        self._announcements[checkpoint_name] = announcement
+
+    def offer(self, held: HostCheckpoint | None, *, filled: bool = True) -> dict[str, Any]:
         """Lets others read this share; the fields of `RankMetas` that say how, none where they cannot.
+
+        Args:
+            filled: whether its bytes are there already; else its memory is not registered yet, either.
 
         Raises:
             ConfigError: CKPT_ENGINE_P2P=on, and it cannot be.
@@ -70,8 +84,10 @@ class P2PEnds:
                 self._unavailable = str(error)
                 logger.warning("nothing of this rank can be read by P2P: %s", error)
             return {}
-        if held is not None:
+        if held is not None and filled:
             self.serving.offer(held)
+        elif held is not None:
+            self.serving.promise(held)
         return {
             "session": self.serving.session,
             "p2p_address": address,
@@ -82,10 +98,14 @@ class P2PEnds:
 
     def withdraw(self, checkpoint_name: str, *, force: bool) -> None:
         """Waits until nobody reads it, to CKPT_ENGINE_LEASE_TIMEOUT. Raises as `Serving.withdraw`."""
+        if (announcement := self._announcements.pop(checkpoint_name, None)) is not None:
+            announcement.release()
         deadline = Deadline.after(self._settings.lease_timeout)
         self.serving.withdraw(checkpoint_name, deadline, force=force)
 
     def close(self) -> None:
         """Idempotent."""
+        while self._announcements:
+            self._announcements.popitem()[1].release()
         self.reading.close()
         self.serving.close()

@@ -3,6 +3,7 @@
 A bucket counts as here only once each owner has said, after the read, that the lease on its share still
 holds: so no byte of a share that was freed or refilled meanwhile reaches an engine. When an owner cannot be
 read any more, what is still to come of it is read from others that hold the same bytes, if there are any.
+An owner that is still filling its share is waited for, bucket by bucket.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ from ckpt_engine.planning.plan import PlannedBucket
 from ckpt_engine.planning.sources import Extent, Sources
 from ckpt_engine.timeline.recorder import Recorder
 from ckpt_engine.timeline.trace import P2P
+from ckpt_engine.transport.lease_messages import ALL
 from ckpt_engine.transport.leases import Lease
 from ckpt_engine.transport.p2p import Piece, Read
-from ckpt_engine.update.reading import Place, Reading, StagingBuffer
+from ckpt_engine.update.reading import Landing, Place, Reading, StagingBuffer
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = (0.0005, 0.004)
 """Between looks at reads, at first and at most: far below what one takes, and a core is not spent on it."""
+SOURCE_SECONDS = 0.002
+"""Between questions to a source that is still filling its share."""
 CLOSE_SECONDS = 30.0
 """How long the end of an update waits for the thread, which is in a call of the store at worst."""
 
@@ -64,8 +68,11 @@ class P2PReader:
     """Reads `items`, in this order, from `sources`.
 
     Args:
-        take_lease: takes one on a source's share; raises P2PError. Called in the thread.
-        place_nbytes, place_count: of the staging buffer.
+        take_lease: takes one on a source's share; raises P2PError. Called in the thread; so is what it is
+            given, while it waits, whose error ends the wait.
+        landing: where reads land, in memory that is registered with the store that there is; called again
+            after a failure.
+        came: called in the thread with each bucket whose bytes are right, in this order.
         read_timeout: seconds after which a read that has not ended counts as failed.
         recorder: of the update's course.
     """
@@ -75,17 +82,20 @@ class P2PReader:
         items: Sequence[PlannedBucket],
         sources: Sources,
         reading: Reading,
-        take_lease: Callable[[RankMetas], Lease],
+        take_lease: Callable[[RankMetas, Callable[[], object]], Lease],
         *,
-        place_nbytes: int,
-        place_count: int,
+        landing: Callable[[], Landing],
+        came: Callable[[PlannedBucket], object] = lambda item: None,
         read_timeout: float,
         recorder: Recorder,
     ) -> None:
         self._sources = sources
         self._reading = reading
         self._take_lease = take_lease
-        self._shape = (place_nbytes, place_count)
+        self._landing = landing
+        self._came = came
+        # Since when nothing more could be read of a source that fills its share, and when it was last asked.
+        self._waits: dict[int, tuple[float, float]] = {}
         self._read_timeout = read_timeout
         self._recorder = recorder
         self._todo = deque(items)
@@ -101,7 +111,7 @@ class P2PReader:
         self._changed = threading.Condition()
         self.nbytes = 0
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._staging = reading.staging(*self._shape)
+        self._place = landing()
         self._store = reading.store()
         self.transport = self._store.transport
         self._thread = threading.Thread(target=self._run, name="ckpt-engine-p2p", daemon=True)
@@ -185,14 +195,17 @@ class P2PReader:
     def _pause(self) -> None:
         with self._changed:
             if not self._given_back and not self._stopping:
-                self._changed.wait(self._patience if self._on_the_way else None)
+                self._changed.wait(self._patience if self._on_the_way or self._waits else None)
 
     def _start_reads(self) -> None:
         while self._given_back:
-            self._staging.give_back(self._given_back.popleft())
+            self._place.give_back(self._given_back.popleft())
         while self._todo:
             item = self._todo[0]
-            place = self._staging.take(item.nbytes)
+            reads = self._sources.reads_of(item.bucket, self._lost)
+            if not all(self._has(source, parts, item) for source, parts in reads.items()):
+                return
+            place = self._place.take(item.nbytes)
             if place is None:
                 return
             bucket = _Bucket(
@@ -202,14 +215,33 @@ class P2PReader:
                 deadline=Deadline.after(self._read_timeout),
             )
             self._on_the_way.append(bucket)
-            for source, extents in self._sources.reads_of(item.bucket, self._lost).items():
+            for source, extents in reads.items():
                 self._start(bucket, source, extents)
+
+    def _has(self, source: int, extents: Sequence[Extent], item: PlannedBucket) -> bool:
+        """Whether a source holds this by now. It is asked at most every SOURCE_SECONDS."""
+        with self._reads_from(source, item):
+            lease = self._leases.get(source)
+            if lease is None:
+                lease = self._leases[source] = self._take_lease(self._sources.by_number[source], self._go_on)
+            now, before = time.monotonic(), lease.present
+            since, asked = self._waits.get(source, (now, 0.0))
+            needed = max(part.buffer for part in extents) + 1
+            if before != ALL and before < needed and now - asked >= SOURCE_SECONDS:
+                lease.check()
+                since = since if lease.present == before else now
+                self._waits[source] = (since, now)
+                if now - since > self._read_timeout:
+                    raise P2PError(f"it has read nothing more itself for {self._read_timeout:g} s")
+            return lease.present == ALL or lease.present >= needed
+
+    def _go_on(self) -> None:
+        if self._stopping:
+            raise P2PError("the update has ended")
 
     def _start(self, bucket: _Bucket, source: int, extents: Sequence[Extent]) -> None:
         held = self._sources.by_number[source]
         with self._reads_from(source, bucket.item):
-            if source not in self._leases:
-                self._leases[source] = self._take_lease(held)
             assert held.p2p_address is not None
             pieces = [
                 Piece(local=bucket.place.address + part.offset, remote=part.address, nbytes=part.nbytes)
@@ -229,6 +261,7 @@ class P2PReader:
             self.nbytes += sum(tensor.nbytes for tensor in bucket.item.bucket.tensors)
             self._recorder.add(P2P, bucket.item, bucket.begun, time.monotonic())
             self._here[bucket.item.index] = bucket.place
+            self._came(bucket.item)
         if read:
             self._wake()
         return bool(read)
@@ -269,7 +302,8 @@ class P2PReader:
         self._give_up_memory()
         self._todo = deque(sorted(set(missing), key=lambda item: item.index))
         self._on_the_way.clear()
-        self._staging = self._reading.staging(*self._shape)
+        self._waits.clear()
+        self._place = self._landing()
         self._store = self._reading.store()
 
     def _check_others_hold(self, missing: Sequence[PlannedBucket], unreadable: Unreadable) -> None:

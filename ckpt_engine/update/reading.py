@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -24,7 +25,19 @@ class Place:
     address: int
     memory: torch.Tensor
     number: int
-    of: StagingBuffer
+    of: Landing
+
+
+class Landing(Protocol):
+    """Registered host memory in which reads land."""
+
+    def take(self, nbytes: int) -> Place | None:
+        """A place for the next bucket; None: not before another one is given back."""
+        ...
+
+    def give_back(self, place: Place) -> None:
+        """What was there has been copied. Places of another memory are ignored."""
+        ...
 
 
 class StagingBuffer:
@@ -114,6 +127,11 @@ class Reading:
             raise
         self._staging = StagingBuffer(arena, nbytes, count)
         return self._staging
+
+    def unregister(self, address: int) -> None:
+        """Memory at which reads landed that is not the staging buffer."""
+        if self._store is not None:
+            self._store.unregister(address)
 
     def give_up(self) -> StagingBuffer | None:
         """After a failed read: closes the store, so that no byte of it comes any more. The staging buffer is

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import CheckpointError
-from ckpt_engine.transport.leases import LeaseServer
+from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.p2p import P2PStore
 
 logger = logging.getLogger(__name__)
@@ -50,17 +50,31 @@ class Serving:
             self._leases = LeaseServer(self._host_ip, 0, self.session, max_readers=self._max_readers)
         return self._store.address, self._store.transport, self._leases.address
 
+    def promise(self, checkpoint: HostCheckpoint) -> None:
+        """Others may take leases on it from now on, though nothing of it is there yet: see `came`."""
+        assert self._leases is not None
+        self._leases.publish(checkpoint.name, checkpoint.epoch, present=0)
+
+    def came(self, checkpoint_name: str, buffer_count: int) -> None:
+        """So many host buffers of one that was promised are there, the first ones, in registered memory."""
+        assert self._leases is not None
+        self._leases.came(checkpoint_name, buffer_count)
+
     def offer(self, checkpoint: HostCheckpoint) -> None:
         """Others may read it from now on. Raises P2PError: its memory cannot be registered."""
-        assert self._store is not None
         assert self._leases is not None
+        self.register(checkpoint)
+        self._leases.publish(checkpoint.name, checkpoint.epoch)
+
+    def register(self, checkpoint: HostCheckpoint) -> None:
+        """Its memory takes part, as long as it is there. Raises P2PError: it cannot."""
+        assert self._store is not None
         for memory in checkpoint.memories:
             place = (memory.address, memory.nbytes)
             if memory.nbytes and place not in self._registered:
                 self._store.register(*place)
                 self._registered.add(place)
                 memory.before_close(lambda place=place: self._unregister(place))  # type: ignore[misc]
-        self._leases.publish(checkpoint.name, checkpoint.epoch)
 
     def withdraw(self, checkpoint_name: str, deadline: Deadline, *, force: bool = False) -> None:
         """No more reads of it: waits until nobody reads.

@@ -40,6 +40,7 @@ from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
 from ckpt_engine.update.inflow import Inflow
 from ckpt_engine.update.introduction import Meeting, introduce
+from ckpt_engine.update.keeping import Keeping
 from ckpt_engine.update.movers import make_mover
 from ckpt_engine.update.no_worker import Channel, NoWorker
 from ckpt_engine.update.p2p_reader import P2PReader
@@ -65,7 +66,7 @@ class UpdateReport:
 
     `content`: the digest of the weights (`metadata.content_digest`). `transport`: by which this rank read
     `p2p_nbytes` bytes of tensors from owners outside of the update, empty where it read none. `lost_sources`:
-    owners that could not be read to the end, in whose place others were.
+    owners that could not be read to the end, in whose place others were. `kept_nbytes`: of what it keeps.
     A rank that was not needed has no version, and no tensors.
     """
 
@@ -81,6 +82,7 @@ class UpdateReport:
     transport: str = ""
     p2p_nbytes: int = 0
     lost_sources: tuple[str, ...] = ()
+    kept_nbytes: int = 0
 
     @classmethod
     def not_needed(cls, checkpoint: str) -> UpdateReport:
@@ -102,8 +104,8 @@ class UpdateSession:
     """Runs one update on one of its `members`.
 
     `receives`: whether this rank's worker is to be updated, too. `keep_buffers`: keep the ring for the next
-    update instead of freeing it before the post hooks run. `prepare` returns this rank's share, and where all
-    bytes come from, or raises.
+    update instead of freeing it before the post hooks run. `keeping`: how to keep what is read by P2P;
+    `kept`: what was. `prepare` returns this rank's share, and where all bytes come from, or raises.
     """
 
     me: Rank
@@ -115,6 +117,7 @@ class UpdateSession:
     deadline: Deadline
     keep_buffers: bool = False
     progress: Progress | None = None  # of bytes that this rank's worker gave back
+    keeping: Keeping | None = None
     _stage: str = "begin"
     _stages: dict[str, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
@@ -184,6 +187,7 @@ class UpdateSession:
             leads=me.rank == self.members[0],
             token=secrets.token_hex(16),
             deadline=self.deadline,
+            keeping=self.keeping,
         )
         p2p = inflow.prepare()
         channel: Channel = NoWorker()
@@ -312,6 +316,8 @@ class UpdateSession:
     def _commit(self, verdict: Verdict) -> None:
         """Tells the worker, and waits for `req_func`."""
         self._enter("publish")
+        if self._inflow is not None:
+            self._inflow.commit()
         assert self._channel is not None
         if self._channel.connected and not self._channel.gone:
             self._channel.commit(str(verdict.version))
@@ -320,6 +326,10 @@ class UpdateSession:
         if self._request is not None:
             self._request.finish(self.deadline)
         self._enter("end")
+
+    @property
+    def kept(self) -> HostCheckpoint | None:
+        return self._inflow.kept if self._inflow is not None else None
 
     # What may come in between
 

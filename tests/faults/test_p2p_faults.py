@@ -20,6 +20,7 @@ from tests.support.joins import (
     go_on,
     hold_up,
     in_place,
+    keep,
     load,
     metas_of,
     owners_with,
@@ -73,23 +74,12 @@ def test_an_owner_that_is_killed_is_named_and_another_fleet_can_be_joined(launch
 
 def test_a_replica_takes_a_killed_owner_s_place(launch: Launch) -> None:
     owners, metas = owners_with(launch, 2, seed=SEED)
-    _, others = owners_with(launch, 3, seed=SEED)
-    # A replica says from which shares its bytes come.
-    origin = {
-        tensor["name"]: held["epoch"]
-        for held in json.loads(metas).values()
-        for buffer in held["buffers"]
-        for tensor in buffer["tensors"]
-    }
-    document = json.loads(others)
-    for held in document.values():
-        held["buffers"] = [
-            buffer | {"tensors": [tensor], "origin": origin[tensor["name"]]}
-            for buffer in held["buffers"]
-            for tensor in buffer["tensors"]
-        ]
+    replica = launch(1)
+    load(replica, metas)
+    keep(replica, seed=SEED)
+    assert replica.ask("gather", [0], name="a")[0]["message"] == ""
     joiners = launch(1)
-    load(joiners, metas, json.dumps(document))
+    load(joiners, metas, metas_of(replica))
     for killed in range(2):
         hold_up(joiners, 0)
         if not killed:
@@ -99,6 +89,42 @@ def test_a_replica_takes_a_killed_owner_s_place(launch: Launch) -> None:
         go_on(joiners, 0)
         answers = in_place(joiners, SEED, joiners.answers([0]))
         assert answers[0]["p2p_nbytes"] == 24 * 4 * (512 + 64 * 997)
+
+
+def test_the_owner_takes_the_place_of_a_killed_replica(launch: Launch) -> None:
+    """That had announced itself: the next one reads it, and goes on without it."""
+    _, metas = owners_with(launch, 1, seed=SEED)
+    replica, joiners = launch(1), launch(1)
+    for fleet in (replica, joiners):
+        load(fleet, metas)
+    keep(replica, seed=SEED)
+    hold_up(joiners, 0)
+    replica.ranks[0].signal(signal.SIGKILL)
+    replica.ranks[0].wait()
+    go_on(joiners, 0)
+    answers = in_place(joiners, SEED, joiners.answers([0]))
+    (lost,) = answers[0]["lost_sources"]
+    assert "rank 0 on host host0" in lost
+    # Its announcement has ended with it.
+    assert in_place(joiners, SEED)[0]["lost_sources"] == []
+
+
+def test_who_reads_a_joiner_whose_update_fails_goes_on_with_the_owner(launch: Launch) -> None:
+    _, metas = owners_with(launch, 1, seed=SEED)
+    first, second = launch(1), launch(1)
+    for fleet in (first, second):
+        load(fleet, metas)
+    hold_up(first, 0, keep=True)
+    hold_up(second, 0)
+    first.worker(0).signal(signal.SIGKILL)
+    answer = first.ranks[0].answer(KILLED_SECONDS)
+    assert answer["record"]["error_type"] == "PeerLost", answer
+    state = first.ask("state", [0])[0]
+    assert state["names"] == []
+    go_on(second, 0)
+    in_place(second, SEED, second.answers([0]))
+    # Nothing is left of it, and it can try again.
+    keep(first, seed=SEED)
 
 
 def test_a_stopped_owner_is_named_and_can_be_read_when_it_goes_on(launch: Launch) -> None:

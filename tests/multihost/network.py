@@ -78,6 +78,11 @@ class Network:
         """Of a rank there."""
         return {"GLOO_SOCKET_IFNAME": "eth0", "PS_HOST_IP": self.address(host)}
 
+    def sent_nbytes(self, host: int) -> int:
+        """What it has sent to others so far, with all headers."""
+        command = [*self.prefix(host), "cat", "/sys/class/net/eth0/statistics/tx_bytes"]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
     def slow_down(self, host: int, rate: str) -> None:
         """What it sends, to `rate`, such as 200mbit."""
         limit = ["root", "tbf", "rate", rate, "burst", "512kb", "latency", "50ms"]

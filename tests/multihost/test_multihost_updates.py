@@ -17,6 +17,7 @@ from tests.support.joins import (
     go_on,
     hold_up,
     in_place,
+    keep,
     load,
     owners_with,
     register,
@@ -78,6 +79,27 @@ def test_two_fleets_join_at_once(launch: Launch) -> None:
         assert sum(answer["p2p_nbytes"] for answer in answers.values()) == NBYTES
         assert {answer["transport"] for answer in answers.values() if answer["p2p_nbytes"]} == {"tcp"}
     in_place(owners, SEED)
+
+
+def test_three_that_join_at_once_read_from_each_other(launch: Launch, network: Network) -> None:
+    """The owner sends each byte about once, however many join; the last two read what the others keep."""
+    _, metas = owners_with(launch, 1, 1, 0, seed=SEED)
+    joiners = [launch(1, 1, host) for host in (1, 2, 3)]
+    for fleet in joiners:
+        load(fleet, metas)
+    before = [network.sent_nbytes(host) for host in range(4)]
+    answers = keep(*joiners, seed=SEED)
+    sent = [network.sent_nbytes(host) - before[host] for host in range(4)]
+    assert {answer[0]["p2p_nbytes"] for answer in answers} == {NBYTES}
+    assert {answer[0]["kept_nbytes"] for answer in answers} == {NBYTES}
+    assert sent[0] < 1.5 * NBYTES, sent
+    assert sum(sent[1:]) > 1.9 * NBYTES, sent
+    # One that comes later reads a replica as well.
+    late = launch(1, 1, 0)
+    load(late, metas)
+    before = [network.sent_nbytes(host) for host in range(1, 4)]
+    in_place(late, SEED)
+    assert sum(network.sent_nbytes(host) for host in range(1, 4)) - sum(before) > 0.9 * NBYTES
 
 
 def test_a_slow_link_only_takes_longer(launch: Launch, network: Network) -> None:

@@ -45,7 +45,7 @@ def load(fleet: Fleet, *metas: str) -> None:
     assert {answer["message"] for answer in answers.values()} == {""}, answers
 
 
-def hold_up(fleet: Fleet, rank: int) -> None:
+def hold_up(fleet: Fleet, rank: int, *, keep: bool = False) -> None:
     """Starts an update whose worker of `rank` stops in a bucket."""
     for one in everybody(fleet):
         fleet.worker(one).news.clear()
@@ -55,6 +55,7 @@ def hold_up(fleet: Fleet, rank: int) -> None:
         name="a",
         ranks=everybody(fleet),
         worker_fault=lambda one: HELD_UP if one == rank else None,
+        keep=keep,
     )
     fleet.worker(rank).happened("fault")
     wait_until_stopped(fleet.worker(rank).pid)
@@ -76,6 +77,16 @@ def in_place(fleet: Fleet, seed: int, answers: dict[int, Answer] | None = None) 
         assert report["status"]["outcome"] == "committed", report["status"]
         assert report["digests"] == digests_of("layers", seed)
     return answers
+
+
+def keep(*fleets: Fleet, seed: int) -> list[dict[int, Answer]]:
+    """They join at the same time, and keep what they read; every bit is right."""
+    for fleet in fleets:
+        for rank in everybody(fleet):
+            fleet.worker(rank)
+    for fleet in fleets:
+        fleet.tell("update", everybody(fleet), name="a", ranks=everybody(fleet), keep=True)
+    return [in_place(fleet, seed, fleet.answers(everybody(fleet))) for fleet in fleets]
 
 
 def failed(fleet: Fleet, seconds: float) -> dict[str, Any]:

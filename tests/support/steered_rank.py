@@ -116,6 +116,7 @@ class SteeredRankProcess:
         worker_fault: Fault = None,
         limit: int | None = None,
         file_limit: int | None = None,
+        keep: bool = False,
     ) -> dict[str, Any]:
         """`wait`: whether req_func waits for the engine's answer, or returns at once."""
 
@@ -140,7 +141,9 @@ class SteeredRankProcess:
                 raise RuntimeError(f"the engine says: {status['error']}")
 
         with limited(limit, file_limit):
-            report = self.ps.update(name, req_func, timeout=120, ranks=ranks, on_progress=on_progress)
+            report = self.ps.update(
+                name, req_func, timeout=120, ranks=ranks, keep=keep, on_progress=on_progress
+            )
         return {
             "version": report.version,
             "buckets": report.buckets,
@@ -148,6 +151,7 @@ class SteeredRankProcess:
             "transport": report.transport,
             "p2p_nbytes": report.p2p_nbytes,
             "lost_sources": report.lost_sources,
+            "kept_nbytes": report.kept_nbytes,
         }
 
     def do(self, what: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def plan(sources: Sources, slot_nbytes: int = 1024) -> UpdatePlan:
 def test_neighbours_come_with_one_read() -> None:
     sources = Sources.of_fleets([{0: held_by(0, "abcd")}])
     (item,) = plan(sources).buckets
-    assert sources.reads_of(item.bucket) == {0: (Extent(address=4096, offset=0, nbytes=868),)}
+    assert sources.reads_of(item.bucket) == {0: (Extent(buffer=0, address=4096, offset=0, nbytes=868),)}
     assert (item.owner, item.receiver, item.root) == (0, 7, 7)
 
 
@@ -59,7 +59,10 @@ def test_neighbours_that_lie_further_apart_come_one_by_one() -> None:
     sources = Sources.of_fleets([{0: held_by(0, "ab", room=512)}])
     (item,) = plan(sources).buckets
     assert sources.reads_of(item.bucket) == {
-        0: (Extent(address=4096, offset=0, nbytes=100), Extent(address=4608, offset=256, nbytes=100))
+        0: (
+            Extent(buffer=0, address=4096, offset=0, nbytes=100),
+            Extent(buffer=0, address=4608, offset=256, nbytes=100),
+        )
     }
 
 
@@ -82,10 +85,10 @@ def test_what_was_lost_is_read_from_several_others() -> None:
     item = plan(sources).buckets[0]
     assert sources.reads_of(item.bucket, {0}) == {
         2: (
-            Extent(address=16384 + 256, offset=0, nbytes=100),
-            Extent(address=16384, offset=256, nbytes=100),
+            Extent(buffer=0, address=16384 + 256, offset=0, nbytes=100),
+            Extent(buffer=0, address=16384, offset=256, nbytes=100),
         ),
-        1: (Extent(address=8192, offset=512, nbytes=100),),
+        1: (Extent(buffer=0, address=8192, offset=512, nbytes=100),),
     }
     with pytest.raises(PlanError, match="nobody else holds 'a'"):
         sources.reads_of(item.bucket, {0, 2})

@@ -108,12 +108,20 @@ class StubServer:
     def get_metas(self) -> dict[int, RankMetas]:
         return dict(self.metas)
 
-    def load_metas(self, metas: dict[int, RankMetas]) -> None:
-        self._do("load", sorted(metas))
-        self.metas = metas
+    def load_metas(self, fleets: list[dict[int, RankMetas]]) -> None:
+        self._do("load", [sorted(fleet) for fleet in fleets])
+        self.metas = fleets[0]
 
-    def update(self, name: str, req_func: Any, *, timeout: float, ranks: list[int] | None) -> UpdateReport:  # noqa: ANN401
-        self._do("update", name, timeout, ranks)
+    def update(
+        self,
+        name: str,
+        req_func: Any,  # noqa: ANN401
+        *,
+        timeout: float,
+        ranks: list[int] | None,
+        keep: bool = False,
+    ) -> UpdateReport:
+        self._do("update", name, timeout, ranks, *(["keep"] if keep else []))
         try:
             req_func([(f"CPU-h-{rank}", f"ipc:///h{rank}") for rank in range(self.world_size)])
         except Exception as error:  # noqa: BLE001 - as the update does

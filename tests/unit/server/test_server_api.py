@@ -245,8 +245,12 @@ def test_metas_go_out_and_in(client: TestClient, ps: StubServer) -> None:
     document = metas_to_json(metas_of(3))
     headers = {"Content-Type": "application/json"}
     loaded = client.post("/v1/metas", content=document, headers=headers).json()
-    assert loaded == {"ranks": 3, "tensors": 3, "senders": {"tcp@h": [0, 1, 2]}}
+    assert loaded == {"fleets": 1, "ranks": 3, "tensors": 3, "senders": {"tcp@h": [0, 1, 2]}}
     assert client.get("/v1/metas").content == document
+    several = b"[" + document + b", " + metas_to_json(metas_of(2)) + b"]"
+    loaded = client.post("/v1/metas", content=several, headers=headers).json()
+    assert loaded == {"fleets": 2, "ranks": 5, "tensors": 3, "senders": {"tcp@h": [0, 1, 2]}}
+    assert ps.calls[-1] == ("load", [[0, 1, 2], [0, 1]])
     for bad in (b"{}x", b"[]", b'{"1": {}}', document.replace(b'"rank":1', b'"rank":2')):
         answer = client.post("/v1/metas", content=bad, headers=headers)
         assert (answer.status_code, answer.json()["error_type"]) == (422, "InvalidMetas")

@@ -19,9 +19,10 @@ import pytest
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ConfigError, P2PError
 from ckpt_engine.transport import lease_messages as messages
-from ckpt_engine.transport import leases
+from ckpt_engine.transport import lease_server, leases
 from ckpt_engine.transport.framing import LENGTH, FrameBuffer
-from ckpt_engine.transport.leases import Lease, LeaseServer
+from ckpt_engine.transport.lease_server import LeaseServer
+from ckpt_engine.transport.leases import Lease
 from tests.support.stopped import wait_until_stopped
 
 SESSION, NAME, EPOCH = "d7" * 16, "step-100", "e1"
@@ -82,7 +83,8 @@ def thread_count(name: str) -> int:
 @contextmanager
 def process(code: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Python code in a process of its own, and the first line that it says."""
-    head = "from ckpt_engine.transport.leases import *\nfrom ckpt_engine.deadline import Deadline\n"
+    modules = ("transport.leases", "transport.lease_server", "deadline")
+    head = "".join(f"from ckpt_engine.{module} import *\n" for module in modules)
     command = [sys.executable, "-c", head + code + "\nimport sys; sys.stdin.read()"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(os.environ)
@@ -241,7 +243,7 @@ def test_a_killed_reader_holds_nothing_up(server: LeaseServer) -> None:
 def test_a_stopped_reader_loses_its_lease_and_gets_to_know(
     server: LeaseServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases, "LEASE_SECONDS", 2.0)
+    monkeypatch.setattr(lease_server, "LEASE_SECONDS", 2.0)
     code = reading_process(server.address) + (
         "\nimport sys; sys.stdin.readline()\ntry: lease.check()\nexcept Exception as e: print(e, flush=True)"
     )
@@ -390,7 +392,7 @@ def test_who_speaks_otherwise_is_hung_up_on(server: LeaseServer, said: bytes) ->
 def test_another_version_is_told(server: LeaseServer) -> None:
     with connect(server) as sock:
         sock.sendall(messages.frame(messages.Ask(0, SESSION, NAME, EPOCH, "old")))
-        assert answer(sock) == messages.Refused("it speaks version 1 of this protocol")
+        assert answer(sock) == messages.Refused("it speaks version 2 of this protocol")
 
 
 def test_a_message_may_come_byte_by_byte(server: LeaseServer) -> None:
@@ -402,7 +404,7 @@ def test_a_message_may_come_byte_by_byte(server: LeaseServer) -> None:
 
 
 def test_who_is_silent_or_slow_is_hung_up_on(server: LeaseServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "ASK_SECONDS", 0.5)
+    monkeypatch.setattr(lease_server, "ASK_SECONDS", 0.5)
     with connect(server) as silent, connect(server) as slow:
         began = time.monotonic()
         slow.settimeout(0.1)
@@ -422,7 +424,7 @@ def test_who_is_silent_or_slow_is_hung_up_on(server: LeaseServer, monkeypatch: p
 
 
 def test_strangers_never_keep_readers_out(server: LeaseServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "MAX_STRANGERS", 4)
+    monkeypatch.setattr(lease_server, "MAX_STRANGERS", 4)
     lease = take(server)
     crowd = [connect(server) for _ in range(9)]
     try:
@@ -436,7 +438,7 @@ def test_strangers_never_keep_readers_out(server: LeaseServer, monkeypatch: pyte
 
 
 def test_leases_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leases, "MAX_LEASES", 2)
+    monkeypatch.setattr(lease_server, "MAX_LEASES", 2)
     server = LeaseServer("127.0.0.1", 0, SESSION)
     server.publish(NAME, EPOCH)
     try:

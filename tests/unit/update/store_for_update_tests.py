@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ckpt_engine.errors import P2PError
+from ckpt_engine.transport.lease_messages import ALL
 from ckpt_engine.transport.p2p import Piece
 
 
@@ -90,11 +91,12 @@ class FakeNetwork:
 
 
 class FakeLease:
-    """`checks`: how many there were; `holds`: what `check` asks."""
+    """`checks`: how many there were; `holds`: what `check` asks; `present`: how many host buffers come."""
 
     def __init__(self, holds: Callable[[], bool] = lambda: True) -> None:
         self.holds = holds
         self.checks = 0
+        self.present = ALL
         self.released = threading.Event()
 
     def check(self) -> None:

@@ -108,13 +108,14 @@ class Reads:
             self.sources,
             self.reading,
             self._lease,
-            place_nbytes=max(item.nbytes for item in self.plan.buckets),
-            place_count=self._places,
+            landing=lambda: self.reading.staging(
+                max(item.nbytes for item in self.plan.buckets), self._places
+            ),
             read_timeout=self._read_timeout,
             recorder=NO_RECORDER,
         )
 
-    def _lease(self, held: RankMetas) -> Lease:
+    def _lease(self, held: RankMetas, poll: Callable[[], object]) -> Lease:
         assert held.p2p_address is not None
         if held.p2p_address in self.refuses:
             raise P2PError("refused: its metas are out of date")
