@@ -62,9 +62,20 @@ class Settings(BaseSettings):
 
     # Ours: reads by P2P
     p2p: Literal["auto", "on", "off"] = Field("auto", validation_alias=AliasChoices("p2p", "CKPT_ENGINE_P2P"))
+    p2p_transport: Literal["auto", "rdma", "efa", "ascend_direct", "tcp"] = Field(
+        "auto", validation_alias=AliasChoices("p2p_transport", "CKPT_ENGINE_P2P_TRANSPORT")
+    )
     p2p_readers: int = Field(4, ge=1, validation_alias=AliasChoices("p2p_readers", "CKPT_ENGINE_P2P_READERS"))
     lease_timeout: float = Field(
         60, gt=0, validation_alias=AliasChoices("lease_timeout", "CKPT_ENGINE_LEASE_TIMEOUT")
+    )
+
+    # Ours: ports that a firewall lets through; else the system chooses
+    lease_port: int | None = Field(
+        None, ge=1, le=65535, validation_alias=AliasChoices("lease_port", "CKPT_ENGINE_LEASE_PORT")
+    )
+    control_port: int | None = Field(
+        None, ge=1, le=65535, validation_alias=AliasChoices("control_port", "CKPT_ENGINE_CONTROL_PORT")
     )
 
     # Ours: the slot ring

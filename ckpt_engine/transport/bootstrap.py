@@ -105,10 +105,11 @@ def own_store(
 
 
 def host_ip(towards: str | None) -> str:
-    """The address of this host's interface that faces `towards` (no packet is sent)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((towards or "127.0.0.1", 9))
-        except OSError:
-            return "127.0.0.1"
-        return str(sock.getsockname()[0])
+    """The address of this host's interface that faces `towards`, of the same family (no packet is sent)."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(towards or "127.0.0.1", 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(address)
+            return str(sock.getsockname()[0])
+    except OSError:
+        return "127.0.0.1"

@@ -66,6 +66,7 @@ class Control:
         world_size: int,
         deadline: Deadline,
         stall_seconds: float = 30.0,
+        port: int = 0,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
@@ -82,7 +83,7 @@ class Control:
         try:
             if rank == 0:
                 token = secrets.token_hex(16)
-                self._server = ControlServer(meeting_point.address, world_size, token, stall_seconds)
+                self._server = ControlServer(meeting_point.address, world_size, token, stall_seconds, port)
                 where = {"address": meeting_point.address, "port": self._server.port, "token": token}
                 self.store.set("control", json.dumps(where))
             self._sock = self._join(deadline)
@@ -91,7 +92,7 @@ class Control:
                 self._server.close(0)
             raise ConfigError(
                 f"rank {rank} cannot {'serve' if rank == 0 else 'reach'} the control server of rank 0 "
-                f"(address {meeting_point.address}): {error}"
+                f"(address {meeting_point.address}, {f'port {port}' if port else 'any port'}): {error}"
             ) from error
         self._thread = threading.Thread(target=self._listen, name="ckpt-engine-control", daemon=True)
         self._thread.start()

@@ -42,11 +42,13 @@ class _Client:
 class ControlServer:
     """Serves `world_size` ranks until closed."""
 
-    def __init__(self, address: str, world_size: int, token: str, stall_seconds: float) -> None:
+    def __init__(
+        self, address: str, world_size: int, token: str, stall_seconds: float, port: int = 0
+    ) -> None:
         self._world_size = world_size
         self._token = token
         self._stall = stall_seconds
-        self._listener = socket.create_server((address, 0), family=_family(address), backlog=1024)
+        self._listener = socket.create_server((address, port), family=_family(address), backlog=1024)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._clients: dict[int, _Client] = {}

@@ -23,12 +23,32 @@ _AGAINST = {
 }
 
 
-def wanted_transport(device_type: str, rdma_devices: Sequence[str], efa_devices: Collection[str]) -> str:
+def wanted_transport(
+    device_type: str, rdma_devices: Sequence[str], efa_devices: Collection[str], asked: str = "auto"
+) -> str:
     """`ascend_direct` on NPUs, `efa` or `rdma` as the devices are, `tcp` without any or with MC_FORCE_TCP.
 
+    Args:
+        asked: CKPT_ENGINE_P2P_TRANSPORT. `tcp` goes wherever there is no NPU; any other one must be what it
+            would be by itself.
+
     Raises:
-        P2PUnavailable: some of the devices are EFA, and some are not.
+        P2PUnavailable: it is not; or some of the devices are EFA, and some are not.
     """
+    if asked == "tcp" and device_type != "npu":
+        return "tcp"
+    found = _own_transport(device_type, rdma_devices, efa_devices)
+    if asked not in ("auto", found):
+        why = (
+            "MC_FORCE_TCP is set"
+            if found == "tcp" and rdma_devices
+            else f"the devices are {', '.join(rdma_devices) or 'no RDMA devices'} of a {device_type} host"
+        )
+        raise P2PUnavailable(f"CKPT_ENGINE_P2P_TRANSPORT={asked}, but P2P would go over {found} here: {why}")
+    return found
+
+
+def _own_transport(device_type: str, rdma_devices: Sequence[str], efa_devices: Collection[str]) -> str:
     if device_type == "npu":
         return "ascend_direct"
     if not rdma_devices or "MC_FORCE_TCP" in os.environ:

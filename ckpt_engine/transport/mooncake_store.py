@@ -59,7 +59,7 @@ def start_mooncake(
         P2PUnavailable: mooncake or its libraries are missing, it cannot start, or takes another transport.
     """
     efa = {device.name for device in list_devices() if device.is_efa} if rdma_devices else set()
-    wanted = wanted_transport(device_type, rdma_devices, efa)
+    wanted = wanted_transport(device_type, rdma_devices, efa, settings.p2p_transport)
     prepare_environment(wanted, settings.stall_timeout, ipv6=":" in host_ip)
     try:  # some of the variables are read when it is imported
         from mooncake.engine import TransferEngine  # type: ignore[import-untyped]

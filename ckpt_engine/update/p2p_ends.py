@@ -38,7 +38,8 @@ class P2PEnds:
         self._rdma_device: str | None = None
         self._unavailable = ""
         self.reading = Reading(self._make_store, device.pinner, self.rdma_device)
-        self.serving = Serving(self._make_store, host_ip, settings.p2p_readers)
+        port = settings.lease_port + local_rank if settings.lease_port else 0
+        self.serving = Serving(self._make_store, host_ip, settings.p2p_readers, port)
         self._announcements: dict[str, Announcement] = {}
 
     def rdma_device(self) -> str:

@@ -99,6 +99,7 @@ class P2PReader:
         self._read_timeout = read_timeout
         self._recorder = recorder
         self._todo = deque(items)
+        self._next: dict[int, tuple[Extent, ...]] | None = None
         self._on_the_way: deque[_Bucket] = deque()
         self._here: dict[int, Place] = {}
         self._given_back: deque[Place] = deque()
@@ -202,7 +203,9 @@ class P2PReader:
             self._place.give_back(self._given_back.popleft())
         while self._todo:
             item = self._todo[0]
-            reads = self._sources.reads_of(item.bucket, self._lost)
+            if self._next is None:  # else it is asked again and again while there is no place
+                self._next = self._sources.reads_of(item.bucket, self._lost)
+            reads = self._next
             if not all(self._has(source, parts, item) for source, parts in reads.items()):
                 return
             place = self._place.take(item.nbytes)
@@ -215,6 +218,7 @@ class P2PReader:
                 deadline=Deadline.after(self._read_timeout),
             )
             self._on_the_way.append(bucket)
+            self._next = None
             for source, extents in reads.items():
                 self._start(bucket, source, extents)
 
@@ -303,6 +307,7 @@ class P2PReader:
         self._todo = deque(sorted(set(missing), key=lambda item: item.index))
         self._on_the_way.clear()
         self._waits.clear()
+        self._next = None
         self._place = self._landing()
         self._store = self._reading.store()
 

@@ -66,6 +66,7 @@ class Rank:
                 world_size=world_size,
                 deadline=deadline,
                 stall_seconds=settings.stall_timeout,
+                port=settings.control_port or 0,
             )
         except BaseException:
             directory.close()

@@ -25,14 +25,17 @@ class Serving:
 
     Args:
         make_store: raises P2PUnavailable.
-        host_ip: where leases are served.
+        host_ip, port: where leases are served; port 0: any free one.
         max_readers: updates that may read a checkpoint of this rank at the same time.
     """
 
-    def __init__(self, make_store: Callable[[], P2PStore], host_ip: str, max_readers: int) -> None:
+    def __init__(
+        self, make_store: Callable[[], P2PStore], host_ip: str, max_readers: int, port: int = 0
+    ) -> None:
         self.session = secrets.token_hex(16)
         self._make_store = make_store
         self._host_ip = host_ip
+        self._port = port
         self._max_readers = max_readers
         self._store: P2PStore | None = None
         self._leases: LeaseServer | None = None
@@ -47,7 +50,7 @@ class Serving:
         if self._store is None:
             self._store = self._make_store()
         if self._leases is None:
-            self._leases = LeaseServer(self._host_ip, 0, self.session, max_readers=self._max_readers)
+            self._leases = LeaseServer(self._host_ip, self._port, self.session, max_readers=self._max_readers)
         return self._store.address, self._store.transport, self._leases.address
 
     def promise(self, checkpoint: HostCheckpoint) -> None:

@@ -21,13 +21,13 @@ from tests.support.joins import (
     hold_up,
     in_place,
     keep,
+    launcher,
     load,
     metas_of,
     owners_with,
     register,
 )
 from tests.support.mooncake import need_mooncake
-from tests.support.steered import Engines, Fleet
 
 need_mooncake()
 
@@ -36,18 +36,8 @@ SEED = 20271101
 
 @pytest.fixture
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    made: list[tuple[Fleet, Engines]] = []
-
-    def start(size: int, **environment: str) -> Fleet:
-        engines = Engines(tmp_path_factory.mktemp("engines"))
-        fleet = Fleet(size, 1, tmp_path_factory.mktemp("fleet"), engines, p2p=True, **environment)
-        made.append((fleet, engines))
-        return fleet
-
-    yield start
-    for fleet, engines in made:
-        fleet.end()
-        engines.end()
+    with launcher(tmp_path_factory) as start:
+        yield start
 
 
 def names_the_owner(record: dict[str, Any], rank: int) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.integration.conftest import free_port
 from tests.support.checkpoints import digests_of
-from tests.support.joins import Launch, everybody, metas_of, register
+from tests.support.joins import Launch, everybody, launcher, metas_of, register
 from tests.support.mooncake import need_mooncake
-from tests.support.steered import Engines, Fleet
+from tests.support.steered import Fleet, Steered
 
 need_mooncake()
 
@@ -19,18 +22,8 @@ SEED = 20271001
 
 @pytest.fixture
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    made: list[tuple[Fleet, Engines]] = []
-
-    def start(size: int, hosts: int) -> Fleet:
-        engines = Engines(tmp_path_factory.mktemp("engines"))
-        fleet = Fleet(size, hosts, tmp_path_factory.mktemp("fleet"), engines, p2p=True)
-        made.append((fleet, engines))
-        return fleet
-
-    yield start
-    for fleet, engines in made:
-        fleet.end()
-        engines.end()
+    with launcher(tmp_path_factory) as start:
+        yield start
 
 
 def ask(fleet: Fleet, do: str, on: list[int], **arguments: Any) -> dict[int, dict[str, Any]]:  # noqa: ANN401
@@ -100,3 +93,42 @@ def test_whoever_owns_all_it_needs_reads_nothing(launch: Launch) -> None:
     # A rank that is not needed may call: it returns at once.
     answers = update(fleet, [1], SEED, on=[0, 1])
     assert answers[0]["version"] == ""
+
+
+def listening_ports(process: Steered) -> set[int]:
+    """TCP ports on which a process listens."""
+    held = {link for link in process.descriptors() if link.startswith("socket:")}
+    lines = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {
+        int(line[1].rpartition(":")[2], 16)
+        for line in lines
+        if line[3] == "0A" and f"socket:[{line[9]}]" in held
+    }
+
+
+def test_all_ports_can_be_chosen_for_a_firewall(launch: Launch) -> None:
+    """Those of the documented table, and no other one."""
+    leases, control = free_port(), free_port()
+    low = 21000 + os.getpid() % 1000 * 8
+    fleet = launch(
+        2,
+        CKPT_ENGINE_LEASE_PORT=str(leases),
+        CKPT_ENGINE_CONTROL_PORT=str(control),
+        MC_MIN_RPC_PORT=str(low),
+        MC_MAX_RPC_PORT=str(low + 64),
+    )
+    register(fleet, SEED)
+    update(fleet, [1], SEED)
+    ports = [listening_ports(rank) for rank in fleet.ranks]
+    of_mooncake = set(range(low, low + 65))
+    assert ports[0] - of_mooncake == {leases, control, fleet.master_port + 1}
+    assert ports[1] - of_mooncake == {leases + 1}
+    assert all(mine & of_mooncake for mine in ports)
+    # Joining asks for nothing more.
+    joiner = launch(1)
+    ask(joiner, "load_metas", [0], texts=[metas_of(fleet)])
+    update(joiner, [0], SEED)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from tests.multihost.network import Network, permitted
-from tests.support.joins import Launch
+from tests.support.joins import Launch, launcher
 from tests.support.mooncake import need_mooncake
-from tests.support.steered import Engines, Fleet
+from tests.support.steered import Fleet
 
 HERE = Path(__file__).parent
 HOSTS = 4
@@ -36,25 +36,17 @@ def network() -> Iterator[Network]:
 @pytest.fixture
 def launch(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
     """(ranks, hosts, first host) -> a fleet on these hosts, with workers of its own."""
-    made: list[tuple[Fleet, Engines]] = []
+    with launcher(tmp_path_factory, network.prefix) as launch_on:
 
-    def start(size: int, hosts: int, first_host: int, **environment: str) -> Fleet:
-        engines = Engines(tmp_path_factory.mktemp("engines"), network.prefix)
-        fleet = Fleet(
-            size,
-            hosts,
-            tmp_path_factory.mktemp("fleet"),
-            engines,
-            p2p=True,
-            first_host=first_host,
-            on_host=network.environment,
-            MASTER_ADDR=network.address(first_host),
-            **environment,
-        )
-        made.append((fleet, engines))
-        return fleet
+        def start(size: int, hosts: int, first_host: int, *, ipv6: bool = False, **environment: str) -> Fleet:
+            address = network.address6 if ipv6 else network.address
+            return launch_on(
+                size,
+                hosts,
+                first_host=first_host,
+                on_host=network.environment6 if ipv6 else network.environment,
+                MASTER_ADDR=address(first_host),
+                **environment,
+            )
 
-    yield start
-    for fleet, engines in made:
-        fleet.end()
-        engines.end()
+        yield start

@@ -78,6 +78,10 @@ class Network:
         """Of a rank there."""
         return {"GLOO_SOCKET_IFNAME": "eth0", "PS_HOST_IP": self.address(host)}
 
+    def environment6(self, host: int) -> dict[str, str]:
+        """The same over IPv6, where nothing names the host's own address: its routes do."""
+        return {"GLOO_SOCKET_IFNAME": "eth0"}
+
     def sent_nbytes(self, host: int) -> int:
         """What it has sent to others so far, with all headers."""
         command = [*self.prefix(host), "cat", "/sys/class/net/eth0/statistics/tx_bytes"]

@@ -81,6 +81,18 @@ def test_two_fleets_join_at_once(launch: Launch) -> None:
     in_place(owners, SEED)
 
 
+def test_over_ipv6_with_addresses_that_routes_tell(launch: Launch) -> None:
+    """There is no way to any public address here: nobody needs one to learn its own."""
+    _, metas = owners_with(launch, 2, 2, 0, seed=SEED, ipv6=True)
+    for rank, held in json.loads(metas).items():
+        assert held["host_ip"] == f"fd77::{int(rank) + 1}"
+        assert held["lease_address"].startswith(f"[{held['host_ip']}]:")
+        assert held["p2p_address"].startswith(f"[{held['host_ip']}]:")
+    joiners = launch(2, 1, 2, ipv6=True)
+    load(joiners, metas)
+    in_place(joiners, SEED)
+
+
 def test_three_that_join_at_once_read_from_each_other(launch: Launch, network: Network) -> None:
     """The owner sends each byte about once, however many join; the last two read what the others keep."""
     _, metas = owners_with(launch, 1, 1, 0, seed=SEED)

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from tests.support.checkpoints import digests_of
-from tests.support.steered import Answer, Fleet
+from tests.support.steered import Answer, Engines, Fleet, nothing
 from tests.support.stopped import wait_until_stopped
 
 HELD_UP = {"act": "stop", "at": "bucket", "bucket": 2}
 
 Launch = Callable[..., Fleet]
 """(ranks, ...) -> a fleet that can be read by P2P, with workers of its own."""
+
+
+@contextmanager
+def launcher(
+    factory: pytest.TempPathFactory, prefix: Callable[[int], Sequence[str]] = nothing
+) -> Iterator[Launch]:
+    """Launches fleets that can be read by P2P, each with workers of its own; ends them all.
+
+    Args:
+        prefix: what runs a command on a host.
+    """
+    made: list[tuple[Fleet, Engines]] = []
+
+    def start(size: int, hosts: int = 1, **options: Any) -> Fleet:  # noqa: ANN401 - as of `Fleet`
+        engines = Engines(factory.mktemp("engines"), prefix)
+        fleet = Fleet(size, hosts, factory.mktemp("fleet"), engines, p2p=True, **options)
+        made.append((fleet, engines))
+        return fleet
+
+    yield start
+    for fleet, engines in made:
+        fleet.end()
+        engines.end()
 
 
 def everybody(fleet: Fleet) -> list[int]:

@@ -35,6 +35,9 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "NCCL_IB_HCA": ("nccl_ib_hca", "^=mlx5_2", "^=mlx5_2"),
     "PS_HOST_IP": ("host_ip", "10.0.0.9", "10.0.0.9"),
     "CKPT_ENGINE_P2P": ("p2p", "off", "off"),
+    "CKPT_ENGINE_P2P_TRANSPORT": ("p2p_transport", "tcp", "tcp"),
+    "CKPT_ENGINE_LEASE_PORT": ("lease_port", "18000", 18000),
+    "CKPT_ENGINE_CONTROL_PORT": ("control_port", "18100", 18100),
     "CKPT_ENGINE_P2P_READERS": ("p2p_readers", "2", 2),
     "CKPT_ENGINE_LEASE_TIMEOUT": ("lease_timeout", "2.5", 2.5),
     "CKPT_ENGINE_SLOT_MIB": ("slot_mib", "1.5", 1.5),
@@ -76,7 +79,7 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
-    if value in (others := {"vllm_nccl": "vllm_gloo", "off": "on"}):
+    if value in (others := {"vllm_nccl": "vllm_gloo", "off": "on", "tcp": "rdma"}):
         return others[str(value)]
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 

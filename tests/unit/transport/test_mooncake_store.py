@@ -216,6 +216,56 @@ def test_the_transport_follows_from_the_devices(
     assert wanted_transport(device_type, devices, efa) == transport
 
 
+@pytest.mark.parametrize(
+    ("device_type", "devices", "asked"),
+    [
+        ("cuda", ["mlx5_0"], "rdma"),
+        ("cuda", ["mlx5_0"], "tcp"),
+        ("cpu", [], "tcp"),
+        ("cuda", ["rdmap0s1"], "efa"),
+        ("npu", [], "ascend_direct"),
+    ],
+)
+def test_a_transport_is_asked_for(
+    no_mooncake_variables: None, device_type: str, devices: list[str], asked: str
+) -> None:
+    assert wanted_transport(device_type, devices, ["rdmap0s1"], asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("device_type", "devices", "asked", "found"),
+    [
+        ("cuda", [], "rdma", "tcp here: the devices are no RDMA devices of a cuda host"),
+        ("cuda", ["mlx5_0"], "efa", "rdma here: the devices are mlx5_0"),
+        ("cuda", ["rdmap0s1"], "rdma", "efa here"),
+        ("cuda", ["mlx5_0"], "ascend_direct", "rdma here"),
+        ("npu", ["mlx5_0"], "rdma", "ascend_direct here"),
+        ("npu", [], "tcp", "ascend_direct here"),
+    ],
+)
+def test_a_transport_that_cannot_be_had_is_an_error(
+    no_mooncake_variables: None, device_type: str, devices: list[str], asked: str, found: str
+) -> None:
+    with pytest.raises(P2PUnavailable, match=f"CKPT_ENGINE_P2P_TRANSPORT={asked}.*over {found}"):
+        wanted_transport(device_type, devices, ["rdmap0s1"], asked)
+
+
+def test_rdma_that_is_asked_for_where_tcp_is_forced(no_mooncake_variables: None) -> None:
+    os.environ["MC_FORCE_TCP"] = "1"
+    with pytest.raises(P2PUnavailable, match="over tcp here: MC_FORCE_TCP is set"):
+        wanted_transport("cuda", ["mlx5_0"], [], "rdma")
+
+
+@pytest.mark.parametrize("asked", ["rdma", "efa", "ascend_direct"])
+def test_a_store_over_another_transport_than_asked_for_is_not_made(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this host, which has TCP only."""
+    monkeypatch.setenv("CKPT_ENGINE_P2P_TRANSPORT", asked)
+    with pytest.raises(P2PUnavailable, match=f"CKPT_ENGINE_P2P_TRANSPORT={asked}"):
+        make_p2p_store(load_settings(), "127.0.0.1", "cpu", [])
+
+
 def test_devices_of_two_kinds_are_refused(no_mooncake_variables: None) -> None:
     with pytest.raises(P2PUnavailable, match="some are EFA and some are not"):
         wanted_transport("cuda", ["mlx5_0", "rdmap0s1"], ["rdmap0s1"])
