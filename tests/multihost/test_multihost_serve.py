@@ -1,0 +1,163 @@
+"""Joining a real `ckpt-engine serve` of another host: by `update --join URL`, and by HTTP requests alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ckpt_engine.embedded_engine import model as models
+from ckpt_engine.server.engine_client import call_engine, wait_until_healthy
+from tests.multihost.network import Network
+
+SECONDS = 150.0
+SEED = 20271128
+PORT = 8700
+TOKEN = "a-token-of-these-tests"
+SECRET = {"CKPT_ENGINE_API_TOKEN": TOKEN}
+ASK = """
+import json, sys, urllib.error, urllib.request
+method, url, token, body = sys.argv[1:]
+headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+request = urllib.request.Request(url, body.encode() or None, headers, method=method)
+try:
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        print(answer.status, answer.read().decode())
+except urllib.error.HTTPError as error:
+    print(error.code, error.read().decode())
+except OSError:
+    print(0, "null")
+"""
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    # pytest's own directories may be longer than a Unix socket's path may be.
+    path = Path(tempfile.mkdtemp(prefix="ce-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def start(network: Network, directory: Path) -> Iterator[Start]:
+    """(host, arguments of Python, its environment) -> a process there; it ends with the test."""
+    made: list[subprocess.Popen[str]] = []
+
+    def run(host: int, *arguments: str, **own: str) -> subprocess.Popen[str]:
+        environment = network.environment(host) | {
+            "CKPT_ENGINE_HOST_ID": f"host{host}",
+            "CKPT_ENGINE_SOCKET_DIR": str(directory / f"sockets-{host}"),
+            "CKPT_ENGINE_P2P": "on",
+            "CKPT_ENGINE_SLOT_MIB": "0.0625",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            **own,
+        }
+        with (directory / f"log-{len(made)}").open("w") as log:
+            process = subprocess.Popen(
+                [*network.prefix(host), sys.executable, *arguments],
+                env=os.environ | environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        made.append(process)
+        return process
+
+    yield run
+    for process in made:
+        process.terminate()
+    for process in made:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+        process.wait(30)
+
+
+def ask(network: Network, host: int, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    """Asks the server of host 0 from `host`: status (0: it cannot be reached) and answer."""
+    url = f"http://{network.address(0)}:{PORT}/v1{path}"
+    text = "" if body is None else json.dumps(body)
+    command = [*network.prefix(host), sys.executable, "-c", ASK, method, url, TOKEN, text]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
+    status, _, answer = said.partition(" ")
+    return int(status), json.loads(answer)
+
+
+def over_unix(uds: str, path: str, body: object) -> tuple[int, Any]:
+    """Asks the server on this socket."""
+    with httpx.Client(transport=httpx.HTTPTransport(uds=uds), timeout=SECONDS) as client:
+        answer = client.post(f"http://ps/v1/{path}", json=body)
+    return answer.status_code, answer.json()
+
+
+def logs(directory: Path) -> str:
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(directory.glob("log-*")))
+
+
+def start_engine(start: Start, directory: Path, host: int) -> str:
+    uds = directory / f"engine-{host}.sock"
+    model = str(directory / "model")
+    start(host, "-m", "ckpt_engine.embedded_engine", "--model", model, "--uds", str(uds), "--seed", str(host))
+    return str(uds)
+
+
+def test_a_served_fleet_is_joined(network: Network, start: Start, directory: Path) -> None:
+    models.make_checkpoint(directory / "model", seed=SEED, size="tiny")
+    expected, nbytes = models.file_digests(directory / "model")
+    serve = ("-m", "ckpt_engine.cli.main", "serve")
+    start(0, *serve, "--host", network.address(0), "--port", str(PORT), **SECRET)
+    server = directory / "server"
+    start(3, *serve, "--uds", str(server / "ps-{rank}.sock"))
+    engines = {host: start_engine(start, directory, host) for host in (2, 3)}
+    deadline = time.monotonic() + SECONDS
+    while ask(network, 2, "GET", "/healthz")[0] != 200:
+        assert time.monotonic() < deadline, logs(directory)
+    for path, body in (("files", {"files": str(directory / "model")}), ("gather-metas", {})):
+        status, answer = ask(network, 0, "POST", f"/checkpoints/served/{path}?all_ranks=true", body)
+        assert status == 200, answer
+    for uds in engines.values():
+        wait_until_healthy("http://engine", SECONDS, uds)
+
+    # By its URL
+    report = directory / "report.json"
+    join = ["update", "--join", f"http://{network.address(0)}:{PORT}", "--report-file", str(report)]
+    join += ["--endpoint", "http://engine", "--uds", engines[2]]
+    joiner = start(2, "-m", "ckpt_engine.cli.main", *join, **SECRET)
+    assert joiner.wait(SECONDS) == 0, logs(directory)
+    told = json.loads(report.read_text())
+    assert (told["update_method"], told["checkpoint"]) == ("join", "served")
+    assert (told["p2p_transport"], told["p2p_bytes"], told["bytes"]) == ("tcp", nbytes, nbytes)
+
+    # By requests alone
+    uds = str(server / "ps-0.sock")
+    wait_until_healthy("http://ps", SECONDS, uds, path="/v1/healthz")
+    status, metas = ask(network, 3, "GET", "/metas")
+    assert status == 200
+    update = {"ranks": [0], "update_url": "http://engine/collective_rpc", "uds": engines[3], "keep": True}
+    for path, body in (("metas", [metas]), ("checkpoints/served/update", update)):
+        status, answer = over_unix(uds, path, body)
+        assert status == 200, answer
+    assert (answer["transport"], answer["p2p_nbytes"], answer["kept_nbytes"]) == ("tcp", nbytes, nbytes)
+
+    for engine in engines.values():
+        (digests,) = call_engine(
+            "http://engine/collective_rpc", "parameter_digests", timeout=SECONDS, uds=engine
+        )
+        assert digests == expected
+    # Who was read has done nothing, and is well.
+    status, health = ask(network, 2, "GET", "/healthz")
+    assert (status, health["last_update"], health["running"]) == (200, None, None)
