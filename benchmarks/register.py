@@ -7,6 +7,11 @@ page cache. Prints one line for each way; `seconds` is the median over the round
 threads read the same files (`preadv`), or copy the same tensors, into memory that is there already, in the
 same run. `ratio` is the limit's time by ours: 1 is as fast as possible. With `--device cuda`, where there is
 one, everything is pinned as well, and one more line is about files in /dev/shm that stay where they are.
+`--source device` is about tensors on that device: the limit is one copy of as many bytes from it into pinned
+memory.
+
+`--cold` has the files dropped from the page cache before each reading, ours and the limit's; `direct_seconds`
+is the limit's time with O_DIRECT, which passes the cache by.
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -36,6 +41,7 @@ from ckpt_engine.checkpoint.in_place import IN_MEMORY
 from ckpt_engine.devices import make_device
 from ckpt_engine.errors import CkptEngineError
 from ckpt_engine.host_memory import HostMemoryPinner
+from ckpt_engine.metadata import align_up
 from ckpt_engine.settings import load_settings
 
 SHARES = (0.4, 0.3, 0.2, 0.09, 0.01)
@@ -81,6 +87,7 @@ class Limits:
     """What no way of registering can beat: the bytes' way alone, into memory that was touched before."""
 
     def __init__(self, nbytes: int, threads: int) -> None:
+        nbytes = align_up(nbytes, 4096)
         self._arena = HostArena(nbytes, threads=threads)
         self._arena.populate()
         self._arena.view(0, nbytes).zero_()
@@ -90,21 +97,24 @@ class Limits:
         self._pool.shutdown()
         self._arena.close()
 
-    def read(self, files: list[Path]) -> float:
+    def read(self, files: list[Path], *, direct: bool = False) -> float:
+        """`direct`: with O_DIRECT, for which offsets, lengths and addresses must be multiples of 4096."""
         with ExitStack() as stack:
-            opened = [stack.enter_context(file.open("rb", buffering=0)) for file in files]
             pieces, place = [], 0
-            for file in opened:
-                size = os.fstat(file.fileno()).st_size
+            for file in files:
+                descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+                stack.callback(os.close, descriptor)
+                size = os.fstat(descriptor).st_size
                 for start in range(0, size, PIECE_NBYTES):
                     nbytes = min(PIECE_NBYTES, size - start)
-                    pieces.append((file.fileno(), start, self._arena.memory(place + start, nbytes)))
-                place += size
+                    target = self._arena.memory(place + start, align_up(nbytes, 4096))
+                    pieces.append((descriptor, start, nbytes, target))
+                place += align_up(size, 4096)
 
-            def one(piece: tuple[int, int, memoryview]) -> None:
-                descriptor, start, target = piece
+            def one(piece: tuple[int, int, int, memoryview]) -> None:
+                descriptor, start, nbytes, target = piece
                 done = 0
-                while done < len(target):
+                while done < nbytes:
                     done += os.preadv(descriptor, [target[done:]], start + done)
 
             return timed(lambda: list(self._pool.map(one, pieces)))
@@ -118,6 +128,50 @@ class Limits:
                 pieces.append((self._arena.address + place + start, tensor.data_ptr() + start, count))
             place += nbytes
         return timed(lambda: list(self._pool.map(lambda piece: ctypes.memmove(*piece), pieces)))
+
+    def from_device(self, tensors: Tensors, pinner: HostMemoryPinner | None) -> float:
+        """One copy of as many bytes into pinned memory, in pieces of 256 MiB."""
+        nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if pinner is not None:
+            self._arena.pin(pinner)
+        source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+        torch.cuda.synchronize()
+
+        def copy() -> None:
+            for start in range(0, nbytes, 2**28):
+                part = source[start : start + 2**28]
+                self._arena.view(start, part.numel()).copy_(part, non_blocking=True)
+            torch.cuda.synchronize()
+
+        return timed(copy)
+
+    def once(
+        self,
+        source: str,
+        files: list[Path],
+        tensors: Tensors,
+        pinner: HostMemoryPinner | None,
+        *,
+        cold: bool,
+    ) -> dict[str, float]:
+        """Seconds of a source's limit; where the cache is cold also `direct`, the files' other one."""
+        if source == "device":
+            return {source: self.from_device(tensors, pinner)}
+        if source == "tensors":
+            return {source: self.copy(tensors)}
+        if not cold:
+            return {source: self.read(files)}
+        drop_from_cache(files)
+        direct = self.read(files, direct=True)
+        drop_from_cache(files)
+        return {source: self.read(files), "direct": direct}
+
+
+def drop_from_cache(files: list[Path]) -> None:
+    """The pages are clean, since the files were synced: the kernel keeps others."""
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def check(held: HostCheckpoint, tensors: Tensors) -> None:
@@ -142,14 +196,21 @@ class Ways:
         threads: int,
         huge_pages: bool | None,
         pinner: HostMemoryPinner | None,
+        *,
+        sources: Sequence[str],
+        cold: bool,
     ) -> None:
         self._tensors = tensors
-        self._in_memory = in_memory
+        self._in_memory = in_memory if "files" in sources else []
+        self._cold = files if cold else []
         self._load: dict[str, Any] = {"threads": threads, "huge_pages": huge_pages, "pinner": pinner}
-        self._sources: dict[str, dict[str, Any]] = {
+        on_device = {name: t.cuda() for name, t in tensors.items()} if "device" in sources else {}
+        every: dict[str, dict[str, Any]] = {
             "files": {"files": files},
             "tensors": {"named_tensors": tensors},
+            "device": {"named_tensors": on_device},
         }
+        self._sources = {source: every[source] for source in sources}
         self._new = CheckpointRegistry(**self._load)
         # A pool for each: one that was just filled would be warmer than one that was not.
         self._kept = {source: CheckpointRegistry(**self._load) for source in self._sources}
@@ -165,6 +226,8 @@ class Ways:
             return self._in_place(checked)
         registry = self._kept[source] if memory == "kept" else self._new
         options = {**self._sources[source], "use_shared_memory_pool": memory == "kept"}
+        if source == "files":
+            drop_from_cache(self._cold)
         seconds = timed(lambda: registry.register("benchmark", **options))
         self.huge_pages = registry.get("benchmark").arena.huge_pages
         if checked:
@@ -206,24 +269,27 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     tensors = {name: tensor for shard in shards for name, tensor in shard.items()}
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     seconds: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    limits: dict[str, list[float]] = {"files": [], "tensors": []}
+    limits: dict[str, list[float]] = {}
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=arguments.directory)))
         files = write_shards(shards, directory)
         in_memory = stack.enter_context(copies_in_memory(files, device.pinner))
-        limit = Limits(sum(file.stat().st_size for file in files), threads)
+        limit = Limits(sum(align_up(file.stat().st_size, 4096) for file in files), threads)
         stack.callback(limit.close)
-        ways = Ways(tensors, files, in_memory, threads, settings.huge_pages, device.pinner)
+        options = {"sources": arguments.source, "cold": arguments.cold}
+        ways = Ways(tensors, files, in_memory, threads, settings.huge_pages, device.pinner, **options)
         stack.callback(ways.close)
         for number in range(arguments.rounds + 1):
             # In turn, so that a noisy minute hits all; the first round warms up and is checked.
             taken = {way: ways.once(*way, checked=number == 0) for way in ways.names()}
-            bare = {"files": limit.read(files), "tensors": limit.copy(tensors)}
+            bare: dict[str, float] = {}
+            for source in arguments.source:
+                bare |= limit.once(source, files, tensors, device.pinner, cold=arguments.cold)
             if number:
                 for way, pair in taken.items():
                     seconds.setdefault(way, []).append(pair)
                 for source, alone in bare.items():
-                    limits[source].append(alone)
+                    limits.setdefault(source, []).append(alone)
         huge_pages = ways.huge_pages
     about = {
         "device": device.type,
@@ -232,15 +298,20 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "threads": threads,
         "huge_pages": huge_pages,
         "rounds": arguments.rounds,
+        "cold": arguments.cold,
     }
-    return [line_of(way, times, limits[way[0]], about) for way, times in seconds.items()]
+    return [line_of(way, times, limits, about) for way, times in seconds.items()]
 
 
 def line_of(
-    way: tuple[str, str], times: list[tuple[float, float]], limits: list[float], about: dict[str, Any]
+    way: tuple[str, str],
+    times: list[tuple[float, float]],
+    limits: dict[str, list[float]],
+    about: dict[str, Any],
 ) -> dict[str, Any]:
     registering = [seconds for seconds, _ in times]
-    ours, limit = statistics.median(registering), statistics.median(limits)
+    ours, limit = statistics.median(registering), statistics.median(limits[way[0]])
+    direct = limits.get("direct", []) if way[0] == "files" else []
     return {
         "benchmark": "register",
         "source": way[0],
@@ -251,6 +322,7 @@ def line_of(
         "seconds_max": round(max(registering), 5),
         "gb_per_second": round(about["bytes"] / ours / 1e9, 2),
         "limit_seconds": round(limit, 5),
+        **({"direct_seconds": round(statistics.median(direct), 5)} if direct else {}),
         "ratio": round(limit / ours, 3),
         "unregister_seconds": round(statistics.median(seconds for _, seconds in times), 5),
     }
@@ -265,9 +337,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, help="default: CKPT_ENGINE_LOAD_THREADS")
     parser.add_argument("--device", default="cpu", help="cuda: pin everything for it; the CPU pins nothing")
+    parser.add_argument(
+        "--source",
+        action="append",
+        choices=("files", "tensors", "device"),
+        help="may be given several times; default: files and tensors",
+    )
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache each time")
     parser.add_argument("--directory", help="where the files go; default: that for temporary files")
     parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
     arguments = parser.parse_args()
+    arguments.source = arguments.source or ["files", "tensors"]
+    if "device" in arguments.source and arguments.device != "cuda":
+        parser.error("--source device: give --device cuda too")
     for line in measure(arguments):
         if arguments.json:
             print(json.dumps(line))
