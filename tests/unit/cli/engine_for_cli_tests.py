@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -15,10 +16,11 @@ from ckpt_engine.ipc.receiver import serve_update
 
 
 class Engine:
-    """An engine of one worker, on which the receiver really runs; `fail` makes its loading raise."""
+    """An engine of one worker for each device, on which the receiver really runs; `fail` makes its loading
+    raise."""
 
-    def __init__(self, device_uuid: str = "CPU-here-0") -> None:
-        self.device_uuid = device_uuid
+    def __init__(self, *device_uuids: str) -> None:
+        self.device_uuids = device_uuids or ("CPU-here-0",)
         self.weights: dict[str, torch.Tensor] = {}
         self.requests: list[dict[str, Any]] = []
         self.fail = False
@@ -31,7 +33,11 @@ class Engine:
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 engine.requests.append(request | {"path": self.path})
-                self.answer({"results": [engine.receive(request["args"][0])]})
+                with ThreadPoolExecutor() as pool:
+                    found = pool.map(
+                        lambda uuid: engine.receive(request["args"][0], uuid), engine.device_uuids
+                    )
+                self.answer({"results": list(found)})
 
             def answer(self, body: dict[str, Any]) -> None:
                 text = json.dumps(body).encode()
@@ -48,9 +54,9 @@ class Engine:
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
 
-    def receive(self, handles: list[list[str]]) -> dict[str, Any]:
+    def receive(self, handles: list[list[str]], device_uuid: str) -> dict[str, Any]:
         with zmq.Context() as context:
-            return serve_update(context, handles, self.device_uuid, None, run=self._load)
+            return serve_update(context, handles, device_uuid, None, run=self._load)
 
     def _load(self, weights: Sequence[tuple[str, torch.Tensor]]) -> None:
         if self.fail:

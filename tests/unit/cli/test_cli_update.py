@@ -354,6 +354,20 @@ def test_two_ranks_with_an_engine_each(checkpoint: Path, engine: Engine) -> None
         assert [[device for device, _ in request["args"][0]] for request in each.requests] == [[uuid]]
 
 
+def test_an_engine_of_two_workers_is_asked_once(checkpoint: Path) -> None:
+    """By one of the ranks, for all of them."""
+    engine = Engine("CPU-here-0", "CPU-here-1")
+    try:
+        ranks = _start_ranks(checkpoint, "--endpoint", engine.url, "--inference-parallel-size", "2")
+        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+    finally:
+        engine.close()
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    (request,) = engine.requests
+    assert [device for device, _ in request["args"][0]] == ["CPU-here-0", "CPU-here-1"]
+    assert len(engine.weights) == 4
+
+
 def test_a_failure_on_one_rank_fails_both(checkpoint: Path, engine: Engine) -> None:
     other = Engine("CPU-here-1")
     other.fail = True
