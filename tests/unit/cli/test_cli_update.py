@@ -193,7 +193,8 @@ def test_a_new_engine_joins_another_fleet(
     metas.write_bytes(owner.metas)
     monkeypatch.setenv("CKPT_ENGINE_API_TOKEN", "sesame")
     where = metas if by == "--load-metas-file" else owner.url
-    done = cli("update", by, where, "--endpoint", engine.url, "--report-file", report_file)
+    keep = ("--keep",) if by == "--join" else ()
+    done = cli("update", by, where, "--endpoint", engine.url, "--report-file", report_file, *keep)
     assert done.exit_code == 0, done.output
     assert sorted(engine.weights) == ["a.bias", "a.weight", "b.weight", "b[red]"]
     assert torch.equal(engine.weights["a.weight"], torch.arange(2048, dtype=torch.float32))
@@ -202,6 +203,7 @@ def test_a_new_engine_joins_another_fleet(
     assert "read by P2P (tcp)" in done.stdout
     report = json.loads(report_file.read_text())
     assert (report["update_method"], report["p2p_transport"], report["p2p_bytes"]) == ("join", "tcp", 10496)
+    assert report["kept_bytes"] == (10496 if keep else 0)
     assert "CKPT_ENGINE_P2P" not in os.environ
 
 
@@ -233,6 +235,11 @@ def test_the_first_group_reads_from_the_others(
     assert len(other.weights) == (4 if method == "all" else 0)
     assert "read by P2P (tcp)" in out
     assert json.loads(report_file.read_text())["p2p_bytes"] > 0
+
+
+def test_only_who_joins_can_keep(cli: Cli, checkpoint: Path) -> None:
+    done = cli("update", "--checkpoint-path", checkpoint, "--keep")
+    assert (done.exit_code, "there is no fleet to join" in done.stderr) == (2, True)
 
 
 def test_a_checkpoint_must_be_named(cli: Cli) -> None:
