@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,18 @@ def test_whoever_owns_all_it_needs_reads_nothing(launch: Launch) -> None:
     # A rank that is not needed may call: it returns at once.
     answers = update(fleet, [1], SEED, on=[0, 1])
     assert answers[0]["version"] == ""
+
+
+@pytest.mark.parametrize(("name", "lease"), [("localhost", "127.0.0.1:"), ("::1", "[::1]:")])
+def test_a_host_name_or_an_ipv6_address_of_this_host(launch: Launch, name: str, lease: str) -> None:
+    owners = launch(1, PS_HOST_IP=name)
+    register(owners, SEED)
+    metas = metas_of(owners)
+    held = json.loads(metas)["0"]
+    assert (held["host_ip"], held["lease_address"].startswith(lease)) == (name, True)
+    joiners = launch(1, PS_HOST_IP=name)
+    ask(joiners, "load_metas", [0], texts=[metas])
+    update(joiners, [0], SEED)
 
 
 def listening_ports(process: Steered) -> set[int]:
