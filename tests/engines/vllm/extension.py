@@ -17,7 +17,6 @@ from ckpt_engine_vllm.rehearsal import rehearse
 from ckpt_engine_vllm.reload import Reload
 from safetensors.torch import load_file
 from vllm.config import CUDAGraphMode, set_current_vllm_config
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from ckpt_engine.ipc.messages import TensorLayout
@@ -92,7 +91,7 @@ class Extension(VllmColocateWorkerExtension):
         """From now on each reload puts the parameter `name` into memory of its own, at the very end."""
         model = self.get_model()  # type: ignore[attr-defined]
         module, _, leaf = name.rpartition(".")
-        attention = next(each for each in model.modules() if is_deferred_attention_layer(each))
+        attention = next(each for each in model.modules() if hasattr(each, "attn_backend"))
         original = attention.process_weights_after_loading
 
         def moving(*args: object) -> None:
@@ -110,7 +109,7 @@ class Extension(VllmColocateWorkerExtension):
         mode = CUDAGraphMode.NONE if backend is None else CUDAGraphMode.FULL
         config.compilation_config.cudagraph_mode = mode
         for module in self.get_model().modules():  # type: ignore[attr-defined]
-            if is_deferred_attention_layer(module):
+            if hasattr(module, "attn_backend"):
                 real = getattr(module.attn_backend, "real", module.attn_backend)
                 named = SimpleNamespace(get_name=lambda: backend, real=real)
                 module.attn_backend = real if backend is None else named
