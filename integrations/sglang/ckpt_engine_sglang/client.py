@@ -30,11 +30,13 @@ _SERVER_INFO = ("/server_info", "/get_server_info")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What a server says about itself; `worker_count`: its ranks, each on a device of its own."""
+    """What a server says about itself; `worker_count`: its ranks, each on a device of its own;
+    `attention_replicas`: groups of ranks whose attention is data parallel."""
 
     version: str
     worker_count: int
     replicas: int
+    attention_replicas: int
     dummy: bool
     waits_for_weights: bool
 
@@ -123,8 +125,14 @@ class SglangServer:
         Raises:
             EngineRequestError: the server cannot be asked.
         """
-        if self._send("GET", "/ping", _PROBE_SECONDS).status == HTTP_UNAVAILABLE:
-            return False
+        began = time.monotonic()
+        try:
+            if self._send("GET", "/ping", _PROBE_SECONDS).status == HTTP_UNAVAILABLE:
+                return False
+        except EngineRequestError:
+            if time.monotonic() - began < _PROBE_SECONDS:
+                raise
+            return False  # too busy to say so, as on a loaded host while it warms up
         began = time.monotonic()
         try:
             return self._send("GET", "/health", _HEALTH_SECONDS).status != HTTP_UNAVAILABLE
@@ -147,6 +155,7 @@ class SglangServer:
             version=str(answer.get("version", "unknown")),
             worker_count=int(answer.get("tp_size", 1)) * int(answer.get("pp_size", 1)),
             replicas=int(answer.get("dp_size", 1)),
+            attention_replicas=int(answer.get("attn_dp_size", 1)),  # before 0.5.22 they count as replicas
             dummy=answer.get("load_format") == "dummy",
             waits_for_weights=bool(answer.get("checkpoint_engine_wait_weights_before_ready", False)),
         )

@@ -125,6 +125,11 @@ def _check_fit(endpoint: str, info: ServerInfo, size: int) -> None:
             f"SGLang at {endpoint} runs {info.replicas} data parallel replicas (--dp-size) behind one "
             "address, which SGLang does not update over IPC: start each replica as a server of its own"
         )
+    if info.attention_replicas != 1:
+        raise ConfigError(
+            f"SGLang at {endpoint} runs {info.attention_replicas} groups of data parallel attention "
+            "(--attn-dp-size), which cannot be updated in place yet: start it without"
+        )
     if info.worker_count != size:
         raise ConfigError(
             f"SGLang at {endpoint} has {info.worker_count} ranks (--tp-size times --pp-size), but "

@@ -57,18 +57,25 @@ def unknown_layout() -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parallel:
-    """How many ranks share a model; `tp` of them a tensor, `pp` its layers, `ep` its experts."""
+    """How many ranks share a model; `tp` of them a tensor, `pp` its layers, `ep` its experts. `attention_dp`:
+    groups of them whose attention is data parallel."""
 
     tp: int
     pp: int
     ep: int
+    attention_dp: int
 
 
 def parallel() -> Parallel:
     from sglang.srt.runtime_context import get_parallel
 
     found = get_parallel()
-    return Parallel(tp=found.tp_size, pp=found.pp_size, ep=found.moe_ep_size)
+    return Parallel(
+        tp=found.tp_size,
+        pp=found.pp_size,
+        ep=found.moe_ep_size,
+        attention_dp=getattr(found, "attn_dp_size", 1),
+    )
 
 
 def model_runners(manager: Any) -> list[tuple[str, Any]]:  # noqa: ANN401 - SchedulerWeightUpdaterManager
@@ -101,7 +108,7 @@ def is_idle(scheduler: Any) -> bool:  # noqa: ANN401 - SGLang's Scheduler
 
 
 def state_problem(manager: Any) -> str | None:  # noqa: ANN401 - SchedulerWeightUpdaterManager
-    """What must end before this engine's weights can be written; the caller's own words: what to ask it."""
+    """Why this engine's weights cannot be written as it is now, and what to do about it; None: they can."""
     if "weights" in getattr(manager, "offload_tags", ()):
         return (
             "its weights are released (/release_memory_occupation), so that there is nothing to write to: "
@@ -111,6 +118,12 @@ def state_problem(manager: Any) -> str | None:  # noqa: ANN401 - SchedulerWeight
         return (
             "another weight update is open (/begin_weight_update), whose end would process these weights "
             "once more: first POST to /end_weight_update"
+        )
+    groups = parallel().attention_dp
+    if groups > 1:
+        return (
+            f"its attention is data parallel in {groups} groups (--attn-dp-size, --enable-dp-attention), "
+            "which cannot be updated in place yet: start it without"
         )
     return None
 

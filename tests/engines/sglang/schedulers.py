@@ -22,7 +22,7 @@ def serve(scheduler: Scheduler, handles: dict[str, str]) -> tuple[bool, str]:
     from sglang.srt.runtime_context import get_parallel
 
     request = SimpleNamespace(zmq_handles=handles, flush_cache=True, weight_version="new")
-    with get_parallel().override(tp_size=1, pp_size=1, moe_ep_size=1):
+    with get_parallel().override(tp_size=1, pp_size=1, moe_ep_size=1, attn_dp_size=scheduler.attention_dp):
         return WorkerUpdate(scheduler, request).serve()
 
 
@@ -53,6 +53,7 @@ class Scheduler:
     runners: list[tuple[str, Any]]
     idle: bool = True
     offload_tags: set[str] = field(default_factory=set)
+    attention_dp: int = 1
     did: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ class Server:
         host: CKPT_ENGINE_HOST_ID.
         device: cpu or cuda.
         address: where it listens.
+        api_key: that it asks for; requests of this class have it.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Server:
         host: str = "here",
         device: str = "cpu",
         address: str = "127.0.0.1",
+        api_key: str | None = None,
         **environment: str,
     ) -> None:
         self.model, self.log, self.tp_size, self.host = model, log, tp_size, host
         self.port = _free_port()
         self.url = f"http://{address}:{self.port}"
-        self.client = SglangServer(self.url)
+        self.client = SglangServer(self.url, api_key=api_key)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self.faults = log.with_suffix(".faults")
         settings = {
             "PYTHONPATH": with_stubs(os.environ),
@@ -102,7 +105,7 @@ class Server:
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
             *("--host", address, "--port", str(self.port), "--tp-size", str(tp_size)),
             *("--load-format", "dummy" if dummy else "auto", "--device", device),
-            *(*_ARGUMENTS, *arguments),
+            *(*_ARGUMENTS, *arguments, *(("--api-key", api_key) if api_key else ())),
         ]
         self._output: IO[bytes] = log.open("wb")
         self.process = subprocess.Popen(
@@ -131,12 +134,12 @@ class Server:
     def status(self, path: str) -> int:
         """The status of GET `path`; 0: nobody listens."""
         try:
-            return httpx.get(self.url + path, timeout=30).status_code
+            return httpx.get(self.url + path, headers=self._headers, timeout=30).status_code
         except httpx.TransportError:
             return 0
 
     def post(self, path: str, timeout: float = 60, **body: Any) -> httpx.Response:  # noqa: ANN401 - JSON
-        return httpx.post(self.url + path, json=body, timeout=timeout)
+        return httpx.post(self.url + path, json=body, headers=self._headers, timeout=timeout)
 
     def generate(
         self, prompt: Sequence[int] = PROMPT, tokens: int = 16, timeout: float = 60

@@ -97,6 +97,7 @@ def test_nothing_is_touched_under_requests_that_run() -> None:
     [
         ({"offload_tags": {"kv_cache", "weights"}}, "resume_memory_occupation"),
         ({"_session": object()}, "end_weight_update"),
+        ({"attention_dp": 2}, "data parallel in 2 groups"),
     ],
 )
 def test_nothing_is_touched_where_weights_cannot_be_written(state: dict[str, object], told: str) -> None:
@@ -108,7 +109,7 @@ def test_nothing_is_touched_where_weights_cannot_be_written(state: dict[str, obj
     assert caught.value.touched is False
     assert not model.a.any()
     assert scheduler.did == ["version None", "flush"]
-    vars(scheduler).update(offload_tags={"kv_cache"}, _session=None)
+    vars(scheduler).update(offload_tags={"kv_cache"}, _session=None, attention_dp=1)
     assert update(scheduler, drawn(a=(3,)))[0]
 
 

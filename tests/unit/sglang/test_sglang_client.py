@@ -135,6 +135,7 @@ def test_the_server_s_key(fake: FakeServer) -> None:
     ("info", "told"),
     [
         ({"dp_size": 2}, "runs 2 data parallel replicas"),
+        ({"attn_dp_size": 2}, "runs 2 groups of data parallel attention"),
         ({"tp_size": 4}, "has 4 ranks .* but 2 ranks would update it: give --inference-parallel-size 4"),
         ({"pp_size": 2}, "has 4 ranks "),
     ],
@@ -196,6 +197,28 @@ def test_a_server_whose_requests_are_paused_is_ready(
         assert SglangServer(fake.url).is_ready()
     finally:
         release.set()
+
+
+def test_a_server_that_is_too_busy_to_say_is_asked_again(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_PROBE_SECONDS", 0.5)
+    release = threading.Event()
+
+    def ping(_: object) -> tuple[int, dict[str, str]]:
+        if len(fake.sent) == 1:
+            release.wait(30)
+        return 200, {}
+
+    fake.routes.update({"GET /ping": ping, "GET /health": (200, {})})
+    server = SglangServer(fake.url)
+    try:
+        server.wait_until_ready(60)
+    finally:
+        release.set()
+    assert [route for route, _ in fake.sent][:2] == ["GET /ping", "GET /ping"]
+    with pytest.raises(EngineRequestError, match="could not be asked"):
+        SglangServer("http://127.0.0.1:9").wait_until_ready(10)
 
 
 def checksums(*ranks: dict[str, str]) -> dict[str, Any]:
