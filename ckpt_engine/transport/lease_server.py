@@ -115,13 +115,15 @@ class LeaseServer:
             Who still has one at the deadline (reader and address).
         """
         with self._changed:
-            self._published.pop(checkpoint, None)
-            self._present.pop(checkpoint, None)
+            self._published.pop(checkpoint, None)  # what is present stays so for those who still read it
             for connection in list(self._connections):
                 if connection.is_for(checkpoint) and not connection.granted:
                     self._refuse(connection, f"{checkpoint!r} is being unregistered")
             self._changed.wait_for(lambda: not self._readers_of(checkpoint), deadline.remaining)
-            return tuple(self._readers_of(checkpoint))
+            readers = tuple(self._readers_of(checkpoint))
+            if not readers:
+                self._present.pop(checkpoint, None)
+            return readers
 
     def came(self, checkpoint: str, present: int) -> None:
         """So many of its host buffers can be read by now."""
@@ -131,6 +133,7 @@ class LeaseServer:
     def end_leases(self, checkpoint: str) -> None:
         """Ends those that `withdraw` waited for in vain: their readers' next check fails."""
         with self._changed:
+            self._present.pop(checkpoint, None)
             self._end_leases(checkpoint)
 
     def close(self) -> None:

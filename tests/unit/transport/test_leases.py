@@ -25,6 +25,7 @@ from leases_for_transport_tests import (
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import P2PError
 from ckpt_engine.transport import lease_server, leases
+from ckpt_engine.transport.lease_messages import ALL
 from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.leases import Lease
 from tests.support.stopped import wait_until_stopped
@@ -54,6 +55,7 @@ def test_a_lease_is_taken_checked_and_released(server: LeaseServer) -> None:
         waiting = pool.submit(server.withdraw, NAME, Deadline.after(LIMIT))
         until(lambda: not server._published, "it is withdrawn")
         lease.check()  # it holds until it is released
+        assert lease.present == ALL  # and all of it can still be read
         assert not waiting.done()
         lease.release()
         assert waiting.result(LIMIT) == ()
@@ -78,6 +80,18 @@ def test_other_memory_than_the_metas_tell_of_is_never_granted(
         take(server, **wrong)
     assert server.address in str(raised.value)
     assert SESSION not in str(raised.value)
+
+
+def test_a_share_that_fills_says_how_far_it_is(server: LeaseServer) -> None:
+    server.publish("filling", "e7", present=0)
+    lease = take(server, name="filling", epoch="e7")
+    assert lease.present == 0
+    server.came("filling", 3)
+    assert lease.present == 0
+    lease.check()
+    assert lease.present == 3
+    assert take(server, "other", name="filling", epoch="e7").present == 3
+    assert take(server).present == ALL
 
 
 def test_a_refilled_share_ends_the_leases_on_what_was_there_before(server: LeaseServer) -> None:
