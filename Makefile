@@ -77,7 +77,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 # An engine's packages lie in VENV_CACHE, under the hash of their lock, for every clone to use. A clone's own
-# environment is small: a path to those, this package in place, and for SGLang's tests what reads by P2P.
+# environment is small: a path to those, this package in place, and what reads by P2P.
 .PRECIOUS: .venv-%/.stamp $(VENV_CACHE)/%/.stamp
 .venv-%/.stamp: integrations/%/constraints.txt pyproject.toml Makefile
 	@mkdir -p $(VENV_CACHE)
@@ -88,7 +88,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  $$packages/bin/python -m venv --without-pip $(@D) && \
 	  ls -d $$packages/lib/python*/site-packages > $$(ls -d $(@D)/lib/python*/site-packages)/packages.pth && \
 	  $$packages/bin/python -m pip -qq --disable-pip-version-check --python $(@D)/bin/python \
-	    install --no-build-isolation --no-deps -e . $(if $(filter sglang,$*),$(shell grep ^mooncake constraints.txt))
+	    install --no-build-isolation --no-deps -e . $(shell grep ^mooncake constraints.txt)
 	@touch $@
 
 $(VENV_CACHE)/%/.stamp:

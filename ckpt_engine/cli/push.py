@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -248,8 +249,21 @@ def push(
             write(report_file, json.dumps(document, indent=2).encode() + b"\n")
         if sleep_time:
             stages.say(f"staying for {sleep_time:g} s")
-            time.sleep(sleep_time)
+            _stay(sleep_time)
         return report
+
+
+def _stay(seconds: float) -> None:
+    """SIGTERM, which is how a launcher ends its ranks, ends it as well: nothing is left behind."""
+
+    def end(signum: int, frame: object) -> None:
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        time.sleep(seconds)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 SHARED_MEMORY = "/dev/shm"
-OTHERS = ("psm_", "sem.", "torch_", "__KMP", "vllm_dist_", "sglang_", "fake-npu")
+OTHERS = ("psm_", "sem.", "torch_", "__KMP", "vllm_dist_", "sgl", "fake-npu")
 """Names there of what vLLM (and SGLang) make, Python's shared memory, torch, OpenMP, and of other tests."""
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 

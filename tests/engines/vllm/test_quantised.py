@@ -13,10 +13,13 @@ from ckpt_engine.errors import UpdateError
 from tests.engines.vllm.engines import SEEDS, Answers, Checkpoints, OfflineEngine
 from tests.engines.vllm.parameter_servers import update_from
 from tests.engines.vllm.quantised import quantise
+from tests.engines.vllm.servers import Fleet, Server
 from tests.engines.vllm.test_offline import tensor_names
 
 SLOT_NBYTES = 9000
 """Fused groups and their scales lie in several buckets."""
+LIMITS = ("--max-model-len", "256", "--max-num-batched-tokens", "256")
+"""vLLM tries a batch of so many tokens, and some of these kernels are slow."""
 
 
 @dataclass
@@ -25,16 +28,16 @@ class Quantised:
     checkpoints: Checkpoints
     base: Path
 
-    def __call__(self, layout: str, version: str, kv_scale: float | None = None) -> Path:
-        directory = self.base / f"{layout}-{version}-{kv_scale}"
+    def __call__(self, layout: str, version: str, kv_scale: float | None = None, *, of: str = "wide") -> Path:
+        directory = self.base / f"{of}-{layout}-{version}-{kv_scale}"
         if not directory.exists():
-            quantise(self.checkpoints("wide", version), directory, layout, kv_scale)
+            quantise(self.checkpoints(of, version), directory, layout, kv_scale)
         return directory
 
     def start(self, model: Path, **options: Any) -> Answers:  # noqa: ANN401 - of LLM
         """Skips the test where the CPU lacks what vLLM's kernels need."""
         try:
-            # vLLM tries a batch of so many tokens, and some of these kernels are slow.
+            # As LIMITS.
             self.offline.start(model, max_model_len=256, max_num_batched_tokens=256, **options)
         except RuntimeError as error:
             if "Failed to find a kernel" in str(error) or "requires x86 with AVX-512 or AMX" in str(error):
@@ -65,6 +68,30 @@ def test_a_quantised_checkpoint(quantised: Quantised, layout: str) -> None:
         assert quantised.update(paths[version], slot_nbytes) == expected[version]
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", ["fp8-block", "ct-int4"])
+def test_two_workers_have_their_shards_of_a_quantised_checkpoint(
+    quantised: Quantised, tmp_path: Path, layout: str
+) -> None:
+    """In vLLM's server, which loads the first version itself."""
+    paths = {version: quantised(layout, version, of="wider") for version in "ab"}
+    expected = {"b": quantised.start(paths["b"], tensor_parallel_size=2)}
+    server = Server(paths["a"], 2, tmp_path / "server.txt", *LIMITS)
+    fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB=str(SLOT_NBYTES / 2**20))
+    try:
+        server.wait()
+        expected["a"] = server.answers()
+        assert expected["a"].generated != expected["b"].generated
+        ranks = expected["a"].digests
+        assert ranks[0] != ranks[1]
+        for version in "baba":
+            fleet.commit(server, paths[version])
+            assert server.answers() == expected[version]
+    finally:
+        fleet.close()
+        server.close()
+
+
 @pytest.mark.parametrize("quantization", ["fp8_per_block", "fp8_per_channel"])
 def test_an_engine_that_quantises_what_it_loads(quantised: Quantised, quantization: str) -> None:
     """The checkpoint has ordinary weights, as a trainer does."""
@@ -86,6 +113,36 @@ def test_scales_of_a_quantised_cache_come_and_go(quantised: Quantised) -> None:
     quantised.start(paths["high"], kv_cache_dtype="fp8", load_format="dummy")
     for name in ("none", "low", "none", "high"):
         assert quantised.update(paths[name], SLOT_NBYTES) == expected[name]
+
+
+def test_scales_that_are_in_cuda_graphs_are_refused_where_they_would_change(quantised: Quantised) -> None:
+    """An update with scales, and one without where the engine's are not 1, by a backend that has them in its
+    graphs. By one that reads them from memory both are right."""
+    paths = {"scaled": quantised("fp8-block", "b", 0.5), "plain": quantised("fp8-block", "b")}
+    expected = {name: quantised.start(path, kv_cache_dtype="fp8") for name, path in paths.items()}
+    for start, update, allowed in (
+        ("plain", "scaled", False),
+        ("scaled", "plain", False),
+        ("plain", "plain", True),
+    ):
+        before = quantised.start(paths[start], kv_cache_dtype="fp8")
+        quantised.offline.rpc("test_graphs", "MADE_UP")
+        try:
+            if allowed:
+                update_from(quantised.offline, paths[update])
+            else:
+                message = r"ConfigError: .*attn: MADE_UP keeps .* scales in its CUDA graphs.*--enforce-eager"
+                with pytest.raises(UpdateError, match=message) as caught:
+                    update_from(quantised.offline, paths[update])
+                assert caught.value.touched is False
+        finally:
+            quantised.offline.rpc("test_graphs", None)
+        assert quantised.offline.answers() == before
+    for name in ("scaled", "plain"):
+        quantised.offline.rpc("test_graphs", "TRITON_ATTN")
+        update_from(quantised.offline, paths[name])
+        quantised.offline.rpc("test_graphs", None)
+        assert quantised.offline.answers() == expected[name]
 
 
 def test_every_border_between_buckets(quantised: Quantised) -> None:
