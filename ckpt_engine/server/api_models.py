@@ -23,7 +23,9 @@ class _Request(BaseModel):
 class FilesRequest(_Request):
     """Which files to register. Paths are of the parameter server's host, and absolute."""
 
-    files: list[str] | str = Field(description="`.safetensors` files, or directories of them.")
+    files: list[str] | str = Field(
+        description="`.safetensors` or TP-sharded `.npy` files, or directories of them."
+    )
     use_shared_memory_pool: bool = Field(False, description="As of `register_checkpoint`.")
     use_inplace_pin_memory: bool = Field(
         False, description="As of `register_checkpoint`. It removes the files once they are in place."

@@ -182,7 +182,7 @@ def command(
     checkpoint_path: Annotated[
         Path | None,
         typer.Option(
-            help="A .safetensors file, or a directory of them with or without an index.", show_default=False
+            help="A .safetensors file, or a directory of them or of .npy shards.", show_default=False
         ),
     ] = None,
     endpoint: Annotated[

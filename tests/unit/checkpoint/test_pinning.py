@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +36,8 @@ def arenas(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[mmap.mmap]]:
     """The memory of all arenas that loading makes."""
     memories: list[weakref.ref[mmap.mmap]] = []
 
-    def made(nbytes: int, *, threads: int | None, huge_pages: bool | None) -> HostArena:
-        arena = HostArena(nbytes, threads=threads, huge_pages=huge_pages)
+    def made(nbytes: int, **options: Any) -> HostArena:  # noqa: ANN401
+        arena = HostArena(nbytes, **options)
         memories.append(memory_of(arena))
         return arena
 
@@ -169,7 +170,7 @@ def test_reads_run_beside_the_pin_and_device_copies_after_it() -> None:
 
         tasks: list[Callable[[], None]] = [copy]
         with Slow() as pinner:
-            loader._fill(arena, [], tasks, 2, pinner, pin_first=pin_first)
+            loader._fill(arena, [], tasks, 2, pinner, from_device=pin_first)
             assert order == (["pin", "copy"] if pin_first else ["copy", "pin"])
             arena.close()
 
@@ -183,8 +184,8 @@ def test_device_tensors_ask_for_the_pin_first(monkeypatch: pytest.MonkeyPatch) -
         def device(self) -> torch.device:  # type: ignore[override]
             return torch.device("cuda:0")
 
-    def fill(*_: object, pin_first: bool) -> None:
-        asked.append(pin_first)
+    def fill(*_: object, from_device: bool) -> None:
+        asked.append(from_device)
 
     monkeypatch.setattr(loader, "_fill", fill)
     monkeypatch.setattr(loader, "wait_for_producers", lambda _: None)
