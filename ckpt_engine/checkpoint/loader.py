@@ -9,7 +9,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -198,10 +198,10 @@ def _run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
     if not tasks:
         return
     idle = threading.Condition()
-    running, stopped = 0, False
+    running, left, stopped, failed = 0, len(tasks), False, False
 
     def guarded(task: Callable[[], None]) -> None:
-        nonlocal running
+        nonlocal running, left, failed
         with idle:
             if stopped:
                 return
@@ -209,19 +209,24 @@ def _run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
         try:
             task()
         except BaseException as error:
+            failed = True
             # Its frames hold views, which would keep the memory for as long as someone keeps the error.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
             with idle:
                 running -= 1
+                left -= 1
                 idle.notify_all()
 
     pool = ThreadPoolExecutor(min(threads, len(tasks)), "ckpt-load")
     futures: list[Future[None]] = []
     try:
         futures.extend(pool.submit(guarded, task) for task in tasks)
-        wait(futures, return_when=FIRST_EXCEPTION)
+        with idle:
+            while left and not failed:
+                # In slices: a signal that came just before a wait is only seen after it.
+                idle.wait(0.1)
     finally:
         with idle:
             stopped = True
