@@ -12,7 +12,7 @@ from fleet_for_transport_tests import LIMIT, Fleet, wait_until
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateError, UpdateTimeout
-from ckpt_engine.transport.collectives import BEYOND_DEADLINE, GlooCollectives, Poll
+from ckpt_engine.transport.collectives import BEYOND_DEADLINE, GlooCollectives, Poll, form_in_thread
 
 SHORTEST = 1.0
 """Seconds of the shortest timeout that a group is made with."""
@@ -142,3 +142,36 @@ def test_what_poll_raises_ends_the_making_of_a_group(pair: Members) -> None:
     with pytest.raises(UpdateError, match="decided elsewhere"):
         pair.make_group("second", 1, seconds=SHORTEST, poll=poll)
     wait_until(no_group_is_being_made, "the thread to end by torch's own timeout")
+
+
+def test_a_group_that_comes_too_late_is_ended(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody has it, so nobody else would; whatever its end raises is no error of the update's."""
+    comes, ended = threading.Event(), threading.Event()
+
+    def make() -> str:
+        assert comes.wait(30)
+        return "group"
+
+    def end(group: str) -> None:
+        assert group == "group"
+        ended.set()
+        raise RuntimeError("it cannot end")
+
+    def give_up() -> None:
+        raise KeyError("another rank failed")
+
+    with pytest.raises(KeyError):
+        form_in_thread(make, Deadline.after(30), give_up, end)
+    assert not ended.is_set()
+    comes.set()
+    assert ended.wait(30)
+    for thread in threading.enumerate():
+        if thread.name == "ckpt-engine-group":
+            thread.join(30)
+    assert "nobody waited for any more: it cannot end" in caplog.text
+
+
+def test_a_group_that_comes_in_time_is_kept() -> None:
+    ended: list[str] = []
+    assert form_in_thread(lambda: "group", Deadline.after(30), idle, ended.append) == "group"
+    assert ended == []
