@@ -90,6 +90,7 @@ def test_a_server_joins_a_fleet_that_serves(
             ):
                 answer = httpx.post(
                     f"{url}/v1/checkpoints/step-1/{path}",
+                    params={"all_ranks": "true"},
                     json=body,
                     headers={"Authorization": "Bearer sesame"},
                     timeout=SAVE_SECONDS,
