@@ -81,26 +81,27 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     machine = f"{os.getpid()}-{kind}"
     first, second = make_checkpoint(out / "first", SEED), make_checkpoint(out / "second", SEED + 1)
     size = 1 if kind == "lone" else 2
-    output = torchrun(
-        size,
-        "tests.engines.ascend.npu_rank_for_tests",
-        *map(str, (out, out / "first", out / "second")),
-        timeout=240,
-        PATH=f"{FAKE_NPU_SMI}{os.pathsep}{os.environ['PATH']}",
-        PYTHONPATH=os.pathsep.join(filter(None, [str(STUB), os.environ.get("PYTHONPATH")])),
-        CKPT_ENGINE_HOST_ID=IP,
-        CKPT_ENGINE_SLOT_MIB="0.25",
-        CKPT_ENGINE_SOCKET_DIR=str(out / "s"),
-        CKPT_ENGINE_TRACE_DIR=str(out / "traces"),
-        GLOO_SOCKET_IFNAME="lo",
-        FAKE_NPU_MACHINE=machine,
-        VLLM_ASCEND_ENABLE_NZ="0",
-        **WORLDS[kind],
-    )
+    try:
+        output = torchrun(
+            size,
+            "tests.engines.ascend.npu_rank_for_tests",
+            *map(str, (out, out / "first", out / "second")),
+            timeout=240,
+            PATH=f"{FAKE_NPU_SMI}{os.pathsep}{os.environ['PATH']}",
+            PYTHONPATH=os.pathsep.join(filter(None, [str(STUB), os.environ.get("PYTHONPATH")])),
+            CKPT_ENGINE_HOST_ID=IP,
+            CKPT_ENGINE_SLOT_MIB="0.25",
+            CKPT_ENGINE_SOCKET_DIR=str(out / "s"),
+            CKPT_ENGINE_TRACE_DIR=str(out / "traces"),
+            GLOO_SOCKET_IFNAME="lo",
+            FAKE_NPU_MACHINE=machine,
+            VLLM_ASCEND_ENABLE_NZ="0",
+            **WORLDS[kind],
+        )
+    finally:
+        for file in Path("/dev/shm").glob(f"fake-npu-{machine}-*"):
+            file.unlink()
     (out / "output.txt").write_text(output)
-    left = list(Path("/dev/shm").glob(f"fake-npu-{machine}-*"))
-    for file in left:
-        file.unlink()
     ranks = [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(size)]
     yield World(kind, first, second, ranks, out / "traces")
 
