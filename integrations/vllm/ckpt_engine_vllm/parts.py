@@ -15,6 +15,8 @@ from ckpt_engine.loading.recording import Recording
 
 DRAFTER_PREFIX = "drafter."
 """Of tensors for a drafter with a checkpoint of its own, which has the names of the main model's too."""
+_WITHOUT_WEIGHTS = frozenset({"ngram", "ngram_gpu", "suffix", "custom_class", "extract_hidden_states"})
+"""Ways to speculate that have no checkpoint: for some of them vLLM gives the main model's config."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +49,57 @@ class Part:
 def parts_of(worker: Any) -> list[Part]:  # noqa: ANN401 - vLLM's Worker
     """The models of a worker, the main one first.
 
-    An MTP drafter's layers are a part of the main model's checkpoint, and it takes them from there. Any other
-    drafter has a checkpoint of its own, whose tensors are sent as `drafter.NAME`; without them it keeps its
-    weights.
+    An MTP or DSpark drafter whose layers are a part of the main model's checkpoint takes them from there. Any
+    other drafter has a checkpoint of its own, whose tensors are sent as `drafter.NAME`; without them it keeps
+    its weights.
+
+    Raises:
+        ConfigError: the engine speculates with weights that are not found.
     """
     config = worker.vllm_config
     main = worker.get_model()
     drafter = _drafter_of(worker)
-    if drafter is None:
-        return [Part(name="model", model=main, config=config.model_config)]
     speculative = config.speculative_config
-    apart = not speculative.method.endswith("mtp")  # up to vLLM 0.11 it had the model's name before it
-    prefix = DRAFTER_PREFIX if apart else ""
+    if drafter is None:
+        if speculates_with_weights(speculative) and _is_on_this_rank(config):
+            raise ConfigError(
+                f"this engine speculates by {speculative.method!r}, but its vLLM does not show where that "
+                "model is, which an update would leave behind: start the engine without it"
+            )
+        return [Part(name="model", model=main, config=config.model_config)]
+    prefix = "" if _is_in_the_mains_checkpoint(speculative, config.model_config) else DRAFTER_PREFIX
     return [
         Part(name="model", model=main, config=config.model_config, foreign=prefix or None),
         Part(name="drafter", model=drafter, config=speculative.draft_model_config, prefix=prefix),
     ]
+
+
+def speculates_with_weights(speculative: Any) -> bool:  # noqa: ANN401 - vLLM's SpeculativeConfig, or None
+    """Whether there is a model that speculates, which an update must not leave behind in silence."""
+    return speculative is not None and speculative.method not in _WITHOUT_WEIGHTS
+
+
+def _is_in_the_mains_checkpoint(speculative: Any, main: Any) -> bool:  # noqa: ANN401
+    """vLLM also takes these methods for a checkpoint apart, and a draft model that has the main one's path
+    for a model apart."""
+    # Up to vLLM 0.11 the method had the model's name before it.
+    if not speculative.method.endswith("mtp") and speculative.method != "dspark":
+        return False
+    return bool(_paths(main) & _paths(speculative.draft_model_config))
+
+
+def _paths(model_config: Any) -> set[str]:  # noqa: ANN401
+    # A loader that streams keeps what was asked for in `model_weights`, and has a cache's path in `model`.
+    return {model_config.model, getattr(model_config, "model_weights", None)} - {"", None}
+
+
+def _is_on_this_rank(config: Any) -> bool:  # noqa: ANN401 - vLLM's VllmConfig
+    """Of a pipeline's ranks the last one speculates."""
+    if config.parallel_config.pipeline_parallel_size == 1:
+        return True
+    from vllm.distributed import get_pp_group
+
+    return bool(get_pp_group().is_last_rank)
 
 
 def refuse_to_write_the_mains(part: Part, main: Part, recording: Recording) -> None:

@@ -24,6 +24,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from ckpt_engine.errors import ConfigError
+from ckpt_engine_vllm.parts import speculates_with_weights
 from ckpt_engine_vllm.worker_update import WorkerUpdate, refused, remember
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,14 @@ class CkptEngineWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     supports_draft_weight_update = False
+
+    def parse_init_info(self, init_dict: object) -> InitInfo:
+        """What is asked for in vain is told as a failed update, in `ckpt_engine_status`: vLLM's own method
+        raises."""
+        if init_dict:
+            error = ConfigError(f"init_info={init_dict!r}: this backend takes none, send {{}}")
+            self._tell(remember(self._default_model, refused((), error)))
+        return InitInfo()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None: ...
 
@@ -84,9 +93,12 @@ class CkptEngineWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
         from vllm.distributed import get_world_group
 
         group = get_world_group()
+        return self._worker_of(group.rank, group.local_rank)
+
+    def _worker_of(self, rank: int, local_rank: int) -> Any:  # noqa: ANN401
         return SimpleNamespace(
-            rank=group.rank,
-            local_rank=group.local_rank,
+            rank=rank,
+            local_rank=local_rank,
             device=self.device,
             vllm_config=self.vllm_config,
             get_model=lambda: self._default_model,
@@ -95,8 +107,7 @@ class CkptEngineWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
 
     def _refuse_drafter(self) -> None:
         """A backend is not shown the drafter's model, which must not be left behind in silence."""
-        speculative = self.vllm_config.speculative_config
-        if speculative is not None and getattr(speculative, "draft_model_config", None) is not None:
+        if speculates_with_weights(self.vllm_config.speculative_config):
             raise ConfigError(
                 "the weight-transfer backend does not update drafters: use the worker extension instead"
             )

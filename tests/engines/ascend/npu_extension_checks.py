@@ -303,7 +303,7 @@ def test_a_drafter_of_the_same_checkpoint_is_updated_too(
     """`speculator` is the V2 runner's name for it."""
     worker, drafter = WorkerBase(0), Drafter()
     setattr(worker.model_runner, name, SimpleNamespace(model=wrap(drafter)))
-    draft_config = SimpleNamespace(quantization=None)
+    draft_config = SimpleNamespace(model="main", quantization=None)
     worker.vllm_config = config(speculative=SimpleNamespace(method=method, draft_model_config=draft_config))
     wanted = checkpoint(5)
     with_head = wanted | {"layers.4.head": torch.arange(16.0).view(4, 4)}
@@ -330,12 +330,15 @@ def test_a_drafter_of_the_same_checkpoint_is_updated_too(
 
 def test_other_drafters_keep_their_weights() -> None:
     worker = WorkerBase(0)
-    worker.vllm_config = config(
-        speculative=SimpleNamespace(method="eagle3", draft_model_config=SimpleNamespace(quantization=None))
-    )
-    for drafter in (SimpleNamespace(model=Drafter()), SimpleNamespace(), None):
+    draft_config = SimpleNamespace(model="eagle", quantization=None)
+    worker.vllm_config = config(speculative=SimpleNamespace(method="eagle3", draft_model_config=draft_config))
+    worker.model_runner.drafter = SimpleNamespace(model=Drafter())
+    prepare(checkpoint(1), worker)
+    # One that is not found would keep them in silence.
+    for drafter in (SimpleNamespace(), None):
         worker.model_runner.drafter = drafter
-        prepare(checkpoint(1), worker)
+        with pytest.raises(ConfigError, match=r"speculates by 'eagle3'"):
+            prepare(checkpoint(1), worker)
 
 
 def to_device(tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

@@ -29,6 +29,7 @@ def vllm_config(quantization: str | None = None, speculative: object = None) -> 
     """The parts of vLLM's that an update looks at."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
+            model="main",
             quantization=quantization,
             enforce_eager=True,
             hf_text_config=SimpleNamespace(num_hidden_layers=4),

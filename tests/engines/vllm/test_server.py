@@ -137,6 +137,10 @@ def test_whatever_is_asked_of_a_worker_nothing_is_raised(
         assert status["outcome"] == "failed", rank
         assert message in status["error"]
     assert world.server.rpc("test_echo", 42) == ["42"] * world.size
+    world.server.post("/init_weight_transfer_engine", {"init_info": {"unknown": 1}})
+    for status in world.server.rpc("ckpt_engine_status"):
+        assert "init_info={'unknown': 1}" in status["last"]["error"]
+    world.server.post("/init_weight_transfer_engine", {"init_info": {}})
     assert world.server.post("/start_weight_update") == {"message": "Weight update started"}
     for bad in ({"zmq_handles": 5}, {"unknown": 1}):
         world.server.post("/update_weights", {"update_info": bad})
