@@ -6,6 +6,7 @@ as /v1: whoever reaches the port can use the others, so let nobody else reach it
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ckpt_engine.server.engine_client import (
     request_inference_to_update,
     wait_until_healthy,
 )
+
+logger = logging.getLogger(__name__)
 
 SocketPaths = Sequence[tuple[str, str]]
 ROUTE_SECONDS = 60.0
@@ -70,6 +73,7 @@ class VllmServer:
             EngineRequestError: not reached, refused, or a worker did not commit (with its traceback).
         """
         if self.native:
+            self._end_open_session()
             self._receive_natively(socket_paths, timeout)
         else:
             self._receive(socket_paths, timeout)
@@ -84,6 +88,28 @@ class VllmServer:
             api_key=self.api_key,
             options=self._options(),
         )
+
+    def _end_open_session(self) -> None:
+        """Of an asker that died before it could: vLLM's workers would raise at the next start, which puts the
+        replies of several out of step for good. So would a finish where a worker has no session."""
+        statuses = call_engine(
+            f"{self._base}/collective_rpc",
+            "ckpt_engine_status",
+            timeout=ROUTE_SECONDS,
+            uds=self.uds,
+            api_key=self.api_key,
+        )
+        are_open = [isinstance(status, dict) and status.get("session_open") is True for status in statuses]
+        if not any(are_open):
+            return
+        if not all(are_open):
+            ranks = [rank for rank, is_open in enumerate(are_open) if is_open]
+            raise EngineRequestError(
+                f"only workers {ranks} of {self.endpoint} are in a weight update of vLLM's "
+                "(/start_weight_update), which no call to all of them can end: restart the engine"
+            )
+        logger.warning("%s: ending a weight update that was left open", self.endpoint)
+        self._post("/finish_weight_update", ROUTE_SECONDS)
 
     def _receive_natively(self, socket_paths: SocketPaths, timeout: float) -> None:
         """vLLM's routes tell only that they were called; the workers' statuses tell the rest."""

@@ -75,6 +75,8 @@ class WorkerUpdate:
             "weights": state.weights,
             "version": state.version,
             "last": state.last,
+            # vLLM's own, between /start_weight_update and /finish_weight_update.
+            "session_open": bool(getattr(worker, "_weight_update_active", False)),
         }
 
     def serve(self, zmq_handles: Mapping[str, str] | Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -74,6 +74,11 @@ class Extension(VllmColocateWorkerExtension):
         if self.rank == rank:  # type: ignore[attr-defined]
             _fail_once(phase, bucket, fifo, raises)
 
+    def test_session(self, rank: int, is_open: bool) -> None:
+        """Has vLLM's worker `rank` think that a weight update is open, or is not."""
+        if self.rank == rank:  # type: ignore[attr-defined]
+            self._weight_update_active = is_open
+
     def test_pace(self, seconds: float) -> None:
         """Each step of generation takes `seconds` longer, as a large model's does."""
         runner = self.model_runner  # type: ignore[attr-defined]

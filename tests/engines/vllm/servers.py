@@ -182,6 +182,12 @@ class Fleet:
         assert self.processes[0].stdout is not None
         return json.loads(self.processes[0].stdout.readline())["handles"]
 
+    def go_on(self) -> None:
+        """The engine has been asked: what an update that was started with `tells` waits for."""
+        assert self.processes[0].stdin is not None
+        self.processes[0].stdin.write("\n")
+        self.processes[0].stdin.flush()
+
     def kill(self) -> None:
         for process in self.processes:
             process.kill()

@@ -107,6 +107,9 @@ def test_an_exception_in_a_worker_comes_back_and_the_next_update_works(
         assert f"RuntimeError: injected in {phase}" in result["error"]
         assert "tests/engines/vllm/extension.py" in result["record"]["traceback"]
         assert result["seconds"] < PROMPT_SECONDS
+    last = world.server.rpc("ckpt_engine_status")[-1]["last"]
+    assert f"RuntimeError: injected in {phase}" in last["error"]
+    assert "tests/engines/vllm/extension.py" in last["traceback"]
     weights = [status["weights"] for status in world.server.rpc("ckpt_engine_status")]
     if phase == "prepare":
         # Nothing was touched here.
@@ -115,6 +118,21 @@ def test_an_exception_in_a_worker_comes_back_and_the_next_update_works(
         assert weights == ["incomplete"] * world.size
     # It lives, whatever it says.
     assert len(world.server.generate([5, 6, 7])[0]) > 0
+    world.fleet.commit(world.server, world.paths["b"])
+    assert world.server.answers() == world.expected["b"]
+
+
+def test_the_http_answer_has_the_workers_traceback(world: World) -> None:
+    """Whoever asks the engine without a client of ours is told as well."""
+    world.server.rpc("test_fault", "run", 0, world.size - 1)
+    world.fleet.start_update(world.server, world.paths["b"], tells=True)
+    statuses = world.server.rpc("update_weights_from_ipc", world.fleet.handles())
+    world.fleet.go_on()
+    assert [status["outcome"] for status in statuses] == ["failed"] * world.size
+    assert "RuntimeError: injected in run" in statuses[-1]["error"]
+    assert "tests/engines/vllm/extension.py" in statuses[-1]["traceback"]
+    for result in world.fleet.results():
+        assert "RuntimeError: injected in run" in result["error"]
     world.fleet.commit(world.server, world.paths["b"])
     assert world.server.answers() == world.expected["b"]
 
@@ -218,6 +236,38 @@ def test_a_failure_over_the_native_routes_is_told_and_the_next_update_works(worl
     assert world.server.answers() == world.expected["b"]
     after = world.server.get("/weight_info")["weight_version"]
     assert after == world.server.rpc("ckpt_engine_status")[0]["version"]
+
+
+def test_a_session_that_its_asker_left_open_is_ended_by_the_next_update(world: World) -> None:
+    """vLLM's workers would raise at the next start, and with several give out each later reply one call
+    late."""
+    world.fleet.commit(world.server, world.paths["a"])
+    world.server.post("/start_weight_update")
+    assert [status["session_open"] for status in world.server.rpc("ckpt_engine_status")] == [
+        True
+    ] * world.size
+    for result in world.fleet.update(world.server, world.paths["b"], native=True):
+        assert "report" in result, result
+    for number in range(3):
+        assert world.server.rpc("test_echo", number) == [str(number)] * world.size
+    statuses = world.server.rpc("ckpt_engine_status")
+    assert [status["session_open"] for status in statuses] == [False] * world.size
+    assert world.server.get("/weight_info")["weight_version"] == statuses[0]["version"]
+    assert world.server.answers() == world.expected["b"]
+
+
+def test_sessions_that_only_some_workers_have_are_told_and_nothing_is_asked_of_them(world: World) -> None:
+    if world.size == 1:
+        pytest.skip("takes two workers")
+    world.fleet.commit(world.server, world.paths["a"])
+    world.server.rpc("test_session", 1, True)
+    for result in world.fleet.update(world.server, world.paths["b"], native=True):
+        assert "only workers [1]" in result["error"]
+        assert "restart the engine" in result["error"]
+    world.server.rpc("test_session", 1, False)
+    assert world.server.rpc("test_echo", 44) == ["44"] * world.size
+    for result in world.fleet.update(world.server, world.paths["b"], native=True):
+        assert "report" in result, result
 
 
 @pytest.mark.parametrize("mode", list(PauseMode))
