@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import logging
 import resource
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from typing import ClassVar
 
 import torch
 
@@ -73,20 +75,60 @@ def _open_events(index: int, handles: Sequence[bytes]) -> list[torch.cuda.Event]
         return [torch.cuda.Event.from_ipc_handle(device, handle) for handle in handles]
 
 
+class _Exported:
+    """A ring's memory. CUDA maps it into other processes only: a worker in this one uses it, and gives its
+    events, directly. Who closes last frees it."""
+
+    _by_handle: ClassVar[dict[bytes, _Exported]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, index: int, nbytes: int) -> None:
+        self._index = index
+        self._users = 1
+        self.given_back: list[torch.cuda.Event] | None = None
+        """The events of a worker in this process."""
+        self.address = cudart.malloc(index, nbytes)
+        try:
+            self.handle = cudart.ipc_handle(index, self.address)
+        except BaseException:
+            cudart.free(index, self.address)
+            raise
+        with self._lock:
+            self._by_handle[self.handle] = self
+
+    @classmethod
+    def use(cls, handle: bytes) -> _Exported | None:
+        """That of this process, for one more user; None of another's."""
+        with cls._lock:
+            found = cls._by_handle.get(handle)
+            if found is not None:
+                found._users += 1
+            return found
+
+    def release(self) -> None:
+        """Once by each user."""
+        with self._lock:
+            self._users -= 1
+            if self._users:
+                return
+            del self._by_handle[self.handle]
+        cudart.free(self._index, self.address)
+
+
 class ServerRing:
     """The parameter server's ring: it owns the memory."""
 
     def __init__(self, index: int, nbytes: int, event_count: int) -> None:
         self.nbytes = nbytes
         self._index = index
-        self._address = cudart.malloc(index, nbytes)
+        self._memory = _Exported(index, nbytes)
+        self._closed = False
         try:
-            self._memory = cudart.ipc_handle(index, self._address)
-            self._bytes: torch.Tensor | None = _as_bytes(index, self._address, nbytes)
+            self._bytes: torch.Tensor | None = _as_bytes(index, self._memory.address, nbytes)
             with torch.cuda.device(index):
                 self._ready = [torch.cuda.Event() for _ in range(event_count)]
         except BaseException:
-            cudart.free(index, self._address)
+            self._memory.release()
             raise
         self._given_back: list[torch.cuda.Event] = []
 
@@ -98,7 +140,7 @@ class ServerRing:
     def handle(self) -> CudaRing:
         return CudaRing(
             nbytes=self.nbytes,
-            memory=self._memory,
+            memory=self._memory.handle,
             event_count=len(self._ready),
             device=device_uuid_of(self._index),
         )
@@ -109,7 +151,9 @@ class ServerRing:
     def accept_events(self, given_back: Sequence[bytes]) -> None:
         if len(given_back) != len(self._ready):
             raise ProtocolError(f"the worker has {len(given_back)} events for a ring of {len(self._ready)}")
-        self._given_back = _open_events(self._index, given_back)
+        # CUDA opens handles of other processes only.
+        own = self._memory.given_back
+        self._given_back = _open_events(self._index, given_back) if own is None else own
 
     def is_given_back(self, bucket: int) -> bool:
         return bool(self._given_back[bucket % len(self._given_back)].query())
@@ -123,9 +167,9 @@ class ServerRing:
     def close(self) -> None:
         self._bytes = None
         self._given_back = []
-        address, self._address = self._address, 0
-        if address:
-            cudart.free(self._index, address)
+        if not self._closed:
+            self._closed = True
+            self._memory.release()
 
 
 class WorkerRing:
@@ -142,13 +186,18 @@ class WorkerRing:
             )
         self.nbytes = handle.nbytes
         self._index = index
-        self._address = cudart.open_ipc_handle(index, handle.memory)
+        self._own = _Exported.use(handle.memory)
+        self._address = (
+            cudart.open_ipc_handle(index, handle.memory) if self._own is None else self._own.address
+        )
         try:
             self._bytes: torch.Tensor | None = _as_bytes(index, self._address, handle.nbytes)
             self._given_back = _Events(index, handle.event_count)
         except BaseException:
-            cudart.close_ipc_handle(index, self._address)
+            self._unmap(self._address)
             raise
+        if self._own is not None:
+            self._own.given_back = self._given_back.events
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         if self._bytes is None:
@@ -181,8 +230,15 @@ class WorkerRing:
                 self.nbytes,
             )
             return
-        cudart.close_ipc_handle(self._index, address)
+        self._unmap(address)
         torch.cuda.ipc_collect()
+
+    def _unmap(self, address: int) -> None:
+        if self._own is None:
+            cudart.close_ipc_handle(self._index, address)
+        else:
+            self._own.given_back = None
+            self._own.release()
 
     def _drained(self) -> bool:
         done = torch.cuda.Event()
