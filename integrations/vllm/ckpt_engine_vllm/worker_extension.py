@@ -54,8 +54,8 @@ class VllmColocateWorkerExtension:
             return refused(zmq_handles, error) | {"rank": getattr(self, "rank", None)}
 
     def ckpt_engine_status(self, *_: object, **__: object) -> dict[str, Any]:
-        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, `last`:
-        the status of the last update, and `session_open`: /start_weight_update was called, and not yet
+        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, the
+        `last` update's status, and `session_open`: /start_weight_update was called, and not yet
         /finish_weight_update."""
         try:
             if on_npu(self):
