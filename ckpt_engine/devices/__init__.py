@@ -12,7 +12,7 @@ from ckpt_engine.devices.base import Device, MappedRing, Ring, RingMemory, Stagi
 from ckpt_engine.devices.cpu import CpuDevice, SharedRing, cpu_uuid
 from ckpt_engine.devices.handles import NpuRing, RingHandle, SharedMemoryRing
 from ckpt_engine.devices.npu import load as load_npu
-from ckpt_engine.devices.npu import npu_is_available
+from ckpt_engine.devices.npu import npu_is_available, npu_uuid
 from ckpt_engine.devices.numa import NumaPlace, numa_place
 from ckpt_engine.errors import ConfigError, ProtocolError
 from ckpt_engine.settings import Settings, load_settings
@@ -110,10 +110,15 @@ def worker_uuid(device_id: int, kind: str | None = None) -> str:
 
     Raises:
         ConfigError: no such device here.
+        DeviceError: it cannot be told which NPU it is.
     """
     settings = load_settings()
-    if detect_device(kind) == "cpu":
+    kind = detect_device(kind)
+    if kind == "cpu":
         return cpu_uuid(settings, device_id)
+    if kind == "npu":
+        # Not the whole device: that is for those who export memory, and an engine's may be set up otherwise.
+        return npu_uuid(settings, device_id)
     return make_device(kind, settings, device_id).uuid()
 
 

@@ -102,6 +102,11 @@ class Device(Protocol):
         """Names the memory behind the device: ranks with the same name share it."""
         ...
 
+    def make_current(self) -> None:
+        """For this thread, which is a new one: what it calls may look for the device that is current. Nothing
+        where no such call is made."""
+        ...
+
     def free_memory(self) -> int:
         """Bytes of device memory that are free now."""
         ...

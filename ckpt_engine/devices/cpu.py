@@ -181,6 +181,8 @@ class CpuDevice:
     def memory_pool(self) -> str:
         return self._pool
 
+    def make_current(self) -> None: ...
+
     def free_memory(self) -> int:
         return available_host_memory()
 

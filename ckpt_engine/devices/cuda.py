@@ -337,6 +337,8 @@ class CudaDevice:
     def memory_pool(self) -> str:
         return self._pool
 
+    def make_current(self) -> None: ...
+
     def free_memory(self) -> int:
         return int(torch.cuda.mem_get_info(self.index)[0])
 

@@ -372,6 +372,9 @@ class NpuDevice:
     def memory_pool(self) -> str:
         return self._pool
 
+    def make_current(self) -> None:
+        load().set_device(self.index)
+
     def free_memory(self) -> int:
         npu = load()
         # What this process' allocator holds unused counts as free: an update may have it.

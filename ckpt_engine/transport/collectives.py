@@ -316,4 +316,5 @@ def _late(message: str) -> UpdateTimeout:
 
 
 def broken(what: str, error: Exception) -> PeerLost:
-    return PeerLost(ErrorRecord(error_type="PeerLost", message=f"{what}: {str(error).splitlines()[0]}"))
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return PeerLost(ErrorRecord(error_type="PeerLost", message=f"{what}: {first_line}"))

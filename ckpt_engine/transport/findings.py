@@ -14,6 +14,16 @@ from ckpt_engine.transport.verbs import LIBRARY, RdmaDevice, list_devices, load_
 
 def find(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding]:
     """Each device with its ports, and the devices of each local rank."""
+    try:
+        kind = detect_device(None)
+    except ConfigError as error:
+        yield Finding("rdma", Level.WARNING, str(error))
+        return
+    if kind == "npu":
+        yield Finding(
+            "rdma", Level.OK, "P2P between NPUs goes over ascend_direct, without the host's devices"
+        )
+        return
     if load_library() is None:
         yield Finding(
             "rdma",
@@ -22,11 +32,11 @@ def find(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding
             remedy="where there are RDMA devices, install libibverbs1 and the driver's providers",
         )
     found = list_devices()
-    yield from describe(settings, found)
+    yield from describe(settings, found, kind)
 
 
-def describe(settings: Settings, found: list[RdmaDevice]) -> Iterator[Finding]:
-    """What there is to say of these devices."""
+def describe(settings: Settings, found: list[RdmaDevice], kind: str) -> Iterator[Finding]:
+    """What there is to say of these RDMA devices, where ranks have devices of `kind`."""
     for device in found:
         ports = ", ".join(map(str, device.active_ports))
         yield Finding(
@@ -35,7 +45,6 @@ def describe(settings: Settings, found: list[RdmaDevice]) -> Iterator[Finding]:
             device.problem or f"{'EFA, ' if device.is_efa else ''}port {ports} active",
         )
     try:
-        kind = detect_device(None)
         count = device_count(kind) or settings.local_world_size or 1
         shared = devices_of_ranks(settings, count, pci_addresses(kind), found=found)
     except ConfigError as error:

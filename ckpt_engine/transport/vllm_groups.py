@@ -122,8 +122,8 @@ def _end_communicator(communicator: Any, index: int) -> None:  # noqa: ANN401
             communicator.close()
         elif hasattr(communicator, "comm"):  # no release of vllm-ascend up to 0.26 has an end of its own
             communicator.hccl.hcclCommDestroy(communicator.comm)
-    except RuntimeError as error:
-        logger.warning("hccl, while a communicator ended: %s", error)
+    except Exception as error:  # noqa: BLE001 - what it failed of before is the error
+        logger.warning("hccl, while a communicator ended: %s", str(error) or type(error).__name__)
 
 
 class VllmGlooCollectives(GlooCollectives):

@@ -37,13 +37,15 @@ class P2PEnds:
         self.host_ip = host_ip
         self._rdma_device: str | None = None
         self._unavailable = ""
-        self.reading = Reading(self._make_store, device.pinner, self.rdma_device)
+        self.reading = Reading(self._make_store, device.pinner, self.rdma_device, device.make_current)
         port = settings.lease_port + local_rank if settings.lease_port else 0
         self.serving = Serving(self._make_store, host_ip, settings.p2p_readers, port)
         self._announcements: dict[str, Announcement] = {}
 
     def rdma_device(self) -> str:
         """This rank's, several joined by commas; empty: none. Raises ConfigError: as `devices_of_ranks`."""
+        if self._device.type == "npu":
+            return ""  # an NPU's P2P has links of its own
         if self._rdma_device is None:
             count, local_rank = self._place
             devices = devices_of_ranks(self._settings, count, pci_addresses(self._device.type))
@@ -54,6 +56,7 @@ class P2PEnds:
         if self._settings.p2p == "off":
             raise P2PUnavailable("CKPT_ENGINE_P2P=off: nothing is read by P2P")
         devices = [name for name in self.rdma_device().split(",") if name]
+        self._device.make_current()  # mooncake asks which NPU it is to use
         return make_p2p_store(self._settings, self.host_ip, self._device.type, devices)
 
     @property

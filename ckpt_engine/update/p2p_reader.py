@@ -174,6 +174,7 @@ class P2PReader:
 
     def _run(self) -> None:
         try:
+            self._reading.make_current()
             while not self._stopping and (self._todo or self._on_the_way):
                 try:
                     self._start_reads()

@@ -79,6 +79,7 @@ class Reading:
         make_store: raises P2PUnavailable.
         pinner: pins the staging buffer, for fast copies to the device; None: it is not pinned.
         rdma_device: says through which reads come; empty: none.
+        make_current: makes this rank's device the current one of the thread that reads.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class Reading:
         make_store: Callable[[], P2PStore],
         pinner: HostMemoryPinner | None,
         rdma_device: Callable[[], str] = lambda: "",
+        make_current: Callable[[], object] = lambda: None,
     ) -> None:
         self.rdma_device = rdma_device
+        self.make_current = make_current
         self._make_store = make_store
         self._pinner = pinner
         self._store: P2PStore | None = None

@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
 import msgspec
 import pytest
@@ -19,13 +20,24 @@ from torch.multiprocessing import reductions
 from vllm_ascend.distributed.device_communicators import pyhccl
 
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.devices import detect_device, device_count, draining, make_device, map_ring, npu
+from ckpt_engine.devices import (
+    detect_device,
+    device_count,
+    draining,
+    make_device,
+    map_ring,
+    npu,
+    worker_uuid,
+)
 from ckpt_engine.devices.handles import NpuRing, RingHandle
 from ckpt_engine.devices.npu import ServerRing, WorkerRing
 from ckpt_engine.errors import ConfigError, DeviceError, PeerLost, ProtocolError
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.settings import load_settings
+from ckpt_engine.transport import mooncake_store, rdma
 from ckpt_engine.transport.collectives import Collectives, make_group
+from ckpt_engine.transport.verbs import RdmaDevice
+from ckpt_engine.update.p2p_ends import P2PEnds
 from tests.engines.ascend.conftest import FAKE_NPU_SMI, IP
 
 NBYTES = 1 << 20
@@ -200,6 +212,13 @@ def test_expandable_segments_are_refused_on_the_exporter(monkeypatch: pytest.Mon
     ServerRing(0, NBYTES, 1).close()
 
 
+def test_an_engines_worker_may_have_expandable_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vllm-ascend sets them; a worker exports nothing."""
+    monkeypatch.setenv("PYTORCH_NPU_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
+    assert worker_uuid(0, "npu") == worker_uuid(1) == "NPU-mine"
+
+
 def test_memory_that_does_not_fit_is_an_error() -> None:
     with pytest.raises(DeviceError, match="NPU out of memory"):
         ServerRing(0, 1 << 40, 1)
@@ -274,6 +293,55 @@ def test_ranks_of_one_device_know_that_they_share_it(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", key)
         pools.append(make_device("npu", load_settings(), index).memory_pool())
     assert pools[0] == pools[1] != pools[2]
+
+
+class Mooncake:
+    """Its engine; `made`: what each was asked for, and on which NPU."""
+
+    made: ClassVar[list[tuple[tuple[str, ...], int]]] = []
+
+    def initialize(self, *arguments: str) -> int:
+        self.made.append((arguments, NPU.current_device()))
+        return 0
+
+    def get_rpc_port(self) -> int:
+        return 1
+
+
+def test_whatever_thread_makes_mooncakes_engine_does_so_on_its_own_npu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new thread is on NPU 0. Nor does P2P need the host's RDMA devices, too few here to be shared out."""
+    names = [f"mlx5_{number}" for number in range(3)]
+    found = [RdmaDevice(name=name, active_ports=(1,)) for name in names]
+    monkeypatch.setattr(rdma, "list_devices", lambda: found)
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
+    monkeypatch.delenv("MC_FORCE_TCP", raising=False)
+    module = ModuleType("mooncake.engine")
+    module.TransferEngine = Mooncake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mooncake", ModuleType("mooncake"))
+    monkeypatch.setitem(sys.modules, "mooncake.engine", module)
+    monkeypatch.setattr(mooncake_store, "_transport_of", lambda *_: "ascend_direct")
+    device = make_device("npu", load_settings(), 1)
+    ends = P2PEnds(load_settings(), device, gpu_count=8, local_rank=1, host_ip="127.0.0.1")
+    assert ends.rdma_device() == ""
+    threads = [threading.Thread(target=use) for use in (ends.reading.store, ends._make_store)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert Mooncake.made == [(("127.0.0.1", "P2PHANDSHAKE", "ascend_direct", ""), 1)] * 2
+
+    def read() -> None:
+        before = NPU.current_device()
+        ends.reading.make_current()
+        seen.append((before, NPU.current_device()))
+
+    seen: list[tuple[int, int]] = []
+    reader = threading.Thread(target=read)
+    reader.start()
+    reader.join()
+    assert seen == [(0, 1)]
+    ends.close()
 
 
 def test_the_doctor_tells_each_npus_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -389,6 +457,24 @@ def test_a_communicator_whose_making_fails_is_destroyed(
         with pytest.raises(PeerLost, match="the first collective failed"):
             member.result()
     assert not pyhccl._alive
+
+
+def test_an_end_that_asserts_does_not_hide_why_there_is_no_communicator(
+    store: torch.distributed.Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `close` of vllm-ascend's next releases does, of one that was never made."""
+
+    def fail(communicator: object, group: object, device: object) -> None:
+        raise RuntimeError("HCCL error: port 16666 is in use")
+
+    def close(communicator: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(pyhccl.PyHcclCommunicator, "__init__", fail)
+    monkeypatch.setattr(pyhccl.PyHcclCommunicator, "close", close, raising=False)
+    with pytest.raises(PeerLost, match="port 16666 is in use"):
+        make_group("vllm_hccl", store, "members", 0, 2, 0, Deadline.after(30), lambda: None)
+    assert "while a communicator ended: AssertionError" in caplog.text
 
 
 def test_a_communicator_that_cannot_be_destroyed_is_told(

@@ -104,6 +104,15 @@ def test_the_right_npu(
     assert device_uuid(index) == f"NPU-{IP}-{number}"
 
 
+def test_an_npu_that_failed_is_told_where_another_way_led_on(
+    scenario: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    scenario("chip_query_fail_with_table")
+    assert device_uuid(0) == f"NPU-{IP}-0"
+    assert "Failed to query npu chip: 0 info." in caplog.text
+    assert "exit status 211" in caplog.text
+
+
 @pytest.mark.parametrize(("name", "pid", "index", "says"), REFUSED)
 def test_an_error_with_the_output_and_the_way_out(
     scenario: Callable[..., None], name: str, pid: int | None, index: int | None, says: tuple[str, ...]
@@ -251,8 +260,9 @@ def test_npu_smi_hangs(
     make_tool(tmp_path, monkeypatch, "echo asking the driver; exec tail -f /dev/null")
     smi = NpuSmi(seconds=0.3)
     started = time.monotonic()
-    with pytest.raises(IdentityError, match=r"no end within 0.3 s, printed:\nasking the driver"):
+    with pytest.raises(IdentityError, match=r"no end within 0.3 s, printed:\nasking the driver") as raised:
         identity.chip_number(os.getpid(), 0, smi, own_pids=True)
+    assert "pu-smi hangs: see whether" in str(raised.value)
     assert time.monotonic() - started < 20
 
 

@@ -12,7 +12,7 @@ from fleet_for_transport_tests import LIMIT, Fleet, wait_until
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ErrorRecord, PeerLost, UpdateError, UpdateTimeout
-from ckpt_engine.transport.collectives import BEYOND_DEADLINE, GlooCollectives, Poll, form_in_thread
+from ckpt_engine.transport.collectives import BEYOND_DEADLINE, GlooCollectives, Poll, broken, form_in_thread
 
 SHORTEST = 1.0
 """Seconds of the shortest timeout that a group is made with."""
@@ -175,3 +175,15 @@ def test_a_group_that_comes_in_time_is_kept() -> None:
     ended: list[str] = []
     assert form_in_thread(lambda: "group", Deadline.after(30), idle, ended.append) == "group"
     assert ended == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("first\nsecond"), "it broke: first"),
+        (AssertionError(), "it broke: AssertionError"),
+        (RuntimeError("\n"), "it broke: RuntimeError"),
+    ],
+)
+def test_the_first_line_of_an_error_is_told_if_there_is_any(error: Exception, says: str) -> None:
+    assert broken("it broke", error).record.message == says

@@ -15,6 +15,8 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import ClassVar
 
 import pytest
 import torch
@@ -342,6 +344,51 @@ def test_another_transport_than_the_wanted_one_is_an_error(
         match=r"should go over ascend_direct, but mooncake takes tcp here: .* mooncake-transfer-engine-npu$",
     ):
         make_p2p_store(load_settings(), "127.0.0.1", "npu", [])
+
+
+class NpuEngine:
+    """mooncake's as its wheel for NPUs has it; answers peers with a description of `protocol`."""
+
+    asked: ClassVar[list[tuple[str, ...]]] = []
+    protocol: ClassVar[str] = ""
+
+    def initialize(self, *arguments: str) -> int:
+        self.asked.append(arguments)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.peer = threading.Thread(target=self.answer)
+        self.peer.start()
+        return 0
+
+    def answer(self) -> None:
+        body = b"\0" + json.dumps({"protocol": self.protocol}).encode()
+        connection, _ = self.listener.accept()
+        with connection, self.listener:
+            connection.recv(1024)
+            connection.sendall(struct.pack("<Q", len(body)) + body)
+
+    def get_rpc_port(self) -> int:
+        return int(self.listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("protocol", ["ascend", "ascend_direct", "tcp"])
+def test_what_mooncake_is_asked_for_on_npus(
+    no_mooncake_variables: None, monkeypatch: pytest.MonkeyPatch, protocol: str
+) -> None:
+    """The host's RDMA devices are nothing to it; and it calls its transport `ascend`."""
+    module = ModuleType("mooncake.engine")
+    module.TransferEngine = NpuEngine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mooncake", ModuleType("mooncake"))
+    monkeypatch.setitem(sys.modules, "mooncake.engine", module)
+    monkeypatch.setattr(NpuEngine, "asked", [])
+    monkeypatch.setattr(NpuEngine, "protocol", protocol)
+    if protocol == "tcp":
+        with pytest.raises(P2PUnavailable, match="should go over ascend_direct, but mooncake takes tcp"):
+            make_p2p_store(load_settings(), "127.0.0.1", "npu", ["mlx5_0"])
+    else:
+        store = make_p2p_store(load_settings(), "127.0.0.1", "npu", ["mlx5_0"])
+        assert store.transport == "ascend_direct"
+        store.close()
+    assert NpuEngine.asked == [("127.0.0.1", "P2PHANDSHAKE", "ascend_direct", "")]
 
 
 @pytest.mark.parametrize(

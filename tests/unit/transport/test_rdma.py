@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.settings import Settings
+from ckpt_engine.transport import findings
 from ckpt_engine.transport.findings import describe
 from ckpt_engine.transport.rdma import (
     chosen_devices,
@@ -286,7 +287,7 @@ def test_no_other_equal_share_is_nearer(case: tuple[list[tuple[int, ...]], list[
 
 def test_doctor_says_which_rank_gets_which() -> None:
     found = devices("mlx5_0", "mlx5_1", "mlx5_2", broken="mlx5_1")
-    said = list(describe(Settings(local_world_size=4), found))
+    said = list(describe(Settings(local_world_size=4), found, "cpu"))
     assert [(finding.subject, finding.level.value, finding.message) for finding in said] == [
         ("rdma mlx5_0", "ok", "port 1 active"),
         ("rdma mlx5_1", "warning", "none of its 1 ports is active"),
@@ -299,11 +300,34 @@ def test_doctor_says_which_rank_gets_which() -> None:
 
 
 def test_doctor_reports_what_cannot_be_shared_out() -> None:
-    said = list(describe(Settings(local_world_size=2), devices("mlx5_0", "mlx5_1", "mlx5_2")))
+    said = list(describe(Settings(local_world_size=2), devices("mlx5_0", "mlx5_1", "mlx5_2"), "cpu"))
     assert said[-1].level.value == "warning"
     assert "NCCL_IB_HCA" in said[-1].message
 
 
 def test_doctor_without_devices() -> None:
-    (said,) = describe(Settings(local_world_size=1), [])
+    (said,) = describe(Settings(local_world_size=1), [], "cpu")
     assert said.message == "no RDMA device: its P2P would go over TCP"
+
+
+def test_doctor_tells_no_npu_of_rdma_devices_or_tcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three devices cannot be shared out among eight, and need not be."""
+    monkeypatch.setattr(findings, "list_devices", lambda: devices("mlx5_0", "mlx5_1", "mlx5_2"))
+    monkeypatch.setattr(findings, "load_library", lambda: None)
+    monkeypatch.setattr(findings, "detect_device", lambda name: "cpu")
+    said = list(findings.find(Settings(local_world_size=8), {}))
+    assert "would go over TCP" in said[0].message
+    assert said[-1].level.value == "warning"
+    monkeypatch.setattr(findings, "detect_device", lambda name: "npu")
+    (said_of_npus,) = findings.find(Settings(local_world_size=8), {})
+    assert said_of_npus.level.value == "ok"
+    assert "ascend_direct" in said_of_npus.message
+
+
+def test_doctor_says_why_npus_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def detect(name: str | None) -> str:
+        raise ConfigError("torch_npu cannot be imported")
+
+    monkeypatch.setattr(findings, "detect_device", detect)
+    (said,) = findings.find(Settings(), {})
+    assert (said.level.value, said.message) == ("warning", "torch_npu cannot be imported")

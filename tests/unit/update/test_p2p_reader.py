@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,6 +78,16 @@ def test_every_byte_arrives_and_each_bucket_is_checked(reads: Reads, owners: Own
     assert reader.nbytes == 5 * 3000
     assert {peer: lease.checks for peer, lease in reads.leases.items()} == {"f0:0": 3, "f0:1": 2}
     assert all(lease.released.is_set() for lease in reads.leases.values())
+
+
+def test_the_thread_that_reads_is_on_the_ranks_own_device(reads: Reads, owners: Owners) -> None:
+    """Before it does anything: in a new thread, another one may be current."""
+    seen: list[tuple[str, int]] = []
+    reads.reading.make_current = lambda: seen.append(
+        (threading.current_thread().name, len(reads.network.started))
+    )
+    read_all(reads, owners)
+    assert seen == [("ckpt-engine-p2p", 0)]
 
 
 def test_one_check_is_enough_for_all_that_was_read_before(reads: Reads, owners: Owners) -> None:
