@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,6 +92,15 @@ def update(
             "--partial", help="With --engine vllm: modules that nothing is sent for keep their weights."
         ),
     ] = False,
+    ignored: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="With --engine vllm: tensors of these names (fnmatch: vision.*) are not for the engine. "
+            "Repeated: any of them.",
+            show_default=False,
+        ),
+    ] = None,
     native: Annotated[
         bool,
         typer.Option(
@@ -163,7 +172,7 @@ def update(
     """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
     if custom_dist != "auto":
         os.environ["CKPT_ENGINE_CUSTOM_DIST"] = custom_dist
-    make_engine = _engine_maker(engine, pause, api_key, partial=partial, native=native)
+    make_engine = _engine_maker(engine, pause, api_key, partial=partial, ignored=ignored or (), native=native)
     weights = Weights.chosen(
         path=checkpoint_path,
         name=checkpoint_name,
@@ -200,13 +209,13 @@ class UpdateCommand(TyperCommand):
 
 
 def _engine_maker(
-    engine: Engine, pause: str, api_key: str | None, *, partial: bool, native: bool
+    engine: Engine, pause: str, api_key: str | None, *, partial: bool, ignored: Sequence[str], native: bool
 ) -> Callable[[InferenceGroup], Target]:
     """What makes a group's engine of the options. Raises typer.BadParameter for those that do not fit."""
     if engine is Engine.ANY:
-        if pause != "none" or partial or native:
+        if pause != "none" or partial or ignored or native:
             raise typer.BadParameter(
-                "--pause, --partial and --native are for --engine vllm", param_hint="--engine"
+                "--pause, --partial, --ignored and --native are for --engine vllm", param_hint="--engine"
             )
         return AnyEngine
     from ckpt_engine_vllm.server_client import PauseMode, VllmServer
@@ -218,6 +227,7 @@ def _engine_maker(
         uds=group.uds,
         api_key=api_key,
         partial=partial,
+        ignored=tuple(ignored),
         pause=PauseMode(pause),
         native=native,
     )

@@ -31,8 +31,11 @@ class Engine:
                 self.answer({"status": "ok"})
 
             def do_POST(self) -> None:
-                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
                 engine.requests.append(request | {"path": self.path})
+                if "args" not in request:  # a route of vLLM's that asks nothing of its workers
+                    self.answer({"success": True})
+                    return
                 with ThreadPoolExecutor() as pool:
                     found = pool.map(
                         lambda uuid: engine.receive(request["args"][0], uuid), engine.device_uuids

@@ -61,12 +61,29 @@ def test_an_engine_gets_the_checkpoint(cli: Cli, checkpoint: Path, engine: Engin
 
 
 @pytest.mark.parametrize(
-    "options", [("--pause", "keep"), ("--partial",), ("--native",), ("--engine", "vllm", "--pause", "twice")]
+    "options",
+    [
+        *(("--pause", "keep"), ("--partial",), ("--native",), ("--ignored", "vision.*")),
+        ("--engine", "vllm", "--pause", "twice"),
+    ],
 )
 def test_options_that_do_not_fit_the_engine(cli: Cli, checkpoint: Path, options: tuple[str, ...]) -> None:
     done = cli("update", "--checkpoint-path", checkpoint, *options)
     assert done.exit_code == 2
     assert "--engine vllm" in done.output or "none, keep, wait and abort" in done.output
+
+
+def test_what_vllm_may_be_sent_less_or_more_than(cli: Cli, checkpoint: Path, engine: Engine) -> None:
+    args = ("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url, "--engine", "vllm")
+    done = cli(*args, "--partial", "--ignored", "vision.*", "--ignored", "lm_head.weight")
+    assert done.exit_code == 0, done.output
+    asked = next(request for request in engine.requests if request["path"] == "/collective_rpc")
+    assert asked["method"] == "update_weights_from_ipc"
+    options = asked["kwargs"]
+    assert (options["partial"], options["ignored"]) == (True, ["vision.*", "lm_head.weight"])
+    engine.requests.clear()
+    assert cli(*args).exit_code == 0
+    assert {"partial", "ignored"}.isdisjoint(engine.requests[0].get("kwargs", {}))
 
 
 def test_a_worker_s_failure(cli: Cli, checkpoint: Path, engine: Engine, tmp_path: Path) -> None:
