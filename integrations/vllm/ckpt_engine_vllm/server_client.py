@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from ckpt_engine.errors import EngineRequestError, UpdateError
+from ckpt_engine.errors import EngineRequestError
 from ckpt_engine.server.engine_client import (
     call_engine,
     check_statuses,
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 SocketPaths = Sequence[tuple[str, str]]
 ROUTE_SECONDS = 60.0
 """For a route that only tells the scheduler something."""
+STATUS_CHARACTERS = 2000
+"""How much of a worker's status an error repeats."""
+WHOLE = ("initial", "committed")
+"""What a worker calls weights that are not a mixture of old and new ones."""
 
 
 class PauseMode(str, Enum):
@@ -117,14 +122,7 @@ class VllmServer:
         try:
             handles = {"zmq_handles": [list(pair) for pair in socket_paths]}
             self._post("/update_weights", timeout, {"update_info": handles | self._options()})
-            statuses = call_engine(
-                f"{self._base}/collective_rpc",
-                "ckpt_engine_status",
-                timeout=ROUTE_SECONDS,
-                uds=self.uds,
-                api_key=self.api_key,
-            )
-            last = [status["last"] if isinstance(status, dict) else status for status in statuses]
+            last = self._last_updates()
             check_statuses(last, socket_paths, f"engine at {self.endpoint}")
         except BaseException:
             # vLLM would refuse the next start else. What failed is told, not that this did too.
@@ -132,6 +130,29 @@ class VllmServer:
                 self._post("/finish_weight_update", ROUTE_SECONDS)
             raise
         self._post("/finish_weight_update", ROUTE_SECONDS, {"weight_version": last[0]["version"]})
+
+    def _statuses(self) -> list[Any]:
+        """Each worker's `ckpt_engine_status`. Raises EngineRequestError."""
+        return call_engine(
+            f"{self._base}/collective_rpc",
+            "ckpt_engine_status",
+            timeout=ROUTE_SECONDS,
+            uds=self.uds,
+            api_key=self.api_key,
+        )
+
+    def _last_updates(self) -> list[Mapping[str, Any]]:
+        """How each worker's last update ended. Raises EngineRequestError: one does not say."""
+        found: list[Mapping[str, Any]] = []
+        for index, status in enumerate(self._statuses()):
+            last = status.get("last") if isinstance(status, Mapping) else None
+            if not isinstance(last, Mapping) or "version" not in last:
+                raise EngineRequestError(
+                    f"worker {index} of the engine at {self.endpoint} does not say how the update ended; its "
+                    f"status is {str(status)[:STATUS_CHARACTERS]}"
+                )
+            found.append(last)
+        return found
 
     def _options(self) -> dict[str, object]:
         options: dict[str, object] = {"partial": True} if self.partial else {}
@@ -149,8 +170,10 @@ class VllmServer:
 
     @contextmanager
     def paused(self, timeout: float) -> Iterator[None]:
-        """Pauses generation around an update, as `pause` says. After an update that left the weights
-        incomplete it stays paused.
+        """Pauses generation around an update, as `pause` says.
+
+        After a failure, an interrupt too, the server is resumed only if every worker says that its weights
+        are whole: the old ones, or the new ones. Else it stays paused.
 
         Args:
             timeout: seconds that requests in flight may take to end.
@@ -158,16 +181,35 @@ class VllmServer:
         if self.pause is PauseMode.NONE:
             yield
             return
-        self._post(f"/pause?mode={self.pause.value}", timeout)
-        resume = True
         try:
+            # vLLM takes no more requests from here on, also where the wait for those in flight fails.
+            self._post(f"/pause?mode={self.pause.value}", timeout)
             yield
-        except UpdateError as error:
-            resume = error.touched is False
+        except BaseException:
+            self._resume_if_whole()
             raise
-        finally:
-            if resume:
-                self._post("/resume", ROUTE_SECONDS)
+        self._post("/resume", ROUTE_SECONDS)
+
+    def _resume_if_whole(self) -> None:
+        """After a failure, which counts more than whatever fails here."""
+        try:
+            statuses = self._statuses()
+            weights = [each.get("weights") if isinstance(each, Mapping) else None for each in statuses]
+            if not weights or any(each not in WHOLE for each in weights):
+                logger.warning(
+                    "%s stays paused: its workers' weights are %s; a full update that succeeds mends them, "
+                    "POST /resume then goes on",
+                    self.endpoint,
+                    ", ".join(str(each or "unknown") for each in weights) or "unknown",
+                )
+                return
+            self._post("/resume", ROUTE_SECONDS)
+        except EngineRequestError as error:
+            logger.warning(
+                "%s may stay paused, for its workers could not be asked or it could not be resumed: %s",
+                self.endpoint,
+                error,
+            )
 
     def finish(self) -> None:
         """Nothing is left to do after the commit."""

@@ -195,19 +195,35 @@ def test_other_tensors_than_the_models_are_refused_by_name(world: World, what: s
 def test_the_command_line(world: World) -> None:
     """As the README has it; the server is reached by --engine vllm, generation is paused meanwhile."""
     for version, pause, *more in (("b", "keep", "--native"), ("a", "wait")):
-        output = torchrun(
-            world.size,
-            "ckpt_engine.cli.main",
-            *("update", "--checkpoint-path", str(world.paths[version]), "--endpoint", world.server.url),
-            *("--engine", "vllm", "--pause", pause, "--timeout", "100", "--health-timeout", "60", *more),
-            *(() if world.server.uds is None else ("--uds", world.server.uds)),
-            timeout=200,
-            GLOO_SOCKET_IFNAME="lo",
-            CKPT_ENGINE_HOST_ID="here",
-        )
-        assert "is in place as version" in output
+        assert "is in place as version" in _command_line(world, version, "--pause", pause, *more)
         assert world.server.post("/reset_prefix_cache")
         assert world.server.answers() == world.expected[version]
+
+
+def _command_line(world: World, version: str, *options: str) -> str:
+    return torchrun(
+        world.size,
+        "ckpt_engine.cli.main",
+        *("update", "--checkpoint-path", str(world.paths[version]), "--endpoint", world.server.url),
+        *("--engine", "vllm", "--timeout", "100", "--health-timeout", "60", *options),
+        *(() if world.server.uds is None else ("--uds", world.server.uds)),
+        timeout=200,
+        GLOO_SOCKET_IFNAME="lo",
+        CKPT_ENGINE_HOST_ID="here",
+    )
+
+
+def test_a_server_stays_paused_after_an_update_that_failed_half_way(world: World) -> None:
+    """But not after one that was refused; the last rank fails, another one asks."""
+    world.fleet.commit(world.server, world.paths["a"])
+    for phase, paused in (("prepare", False), ("run", True)):
+        world.server.rpc("test_fault", phase, 0, world.size - 1)
+        with pytest.raises(pytest.fail.Exception, match=f"RuntimeError: injected in {phase}"):
+            _command_line(world, "b", "--pause", "keep")
+        assert world.server.get("/is_paused") == {"is_paused": paused}
+    _command_line(world, "b", "--pause", "keep")
+    assert world.server.get("/is_paused") == {"is_paused": False}
+    assert world.server.answers() == world.expected["b"]
 
 
 def test_what_the_old_weights_computed_is_forgotten(world: World) -> None:
