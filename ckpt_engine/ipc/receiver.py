@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -75,6 +76,7 @@ def update_weights_from_ipc(
     prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
     device_uuid: str = "",
+    time_limit: float | None = None,
 ) -> WorkerReport:
     """Receives one update from the parameter server behind `zmq_handle`.
 
@@ -86,6 +88,8 @@ def update_weights_from_ipc(
         prepare: called once with the layouts of all tensors, before the first bucket.
         post_hook: called once after the last bucket, when the ring has been released.
         device_uuid: this device's key; checked by the parameter server when given.
+        time_limit: seconds in which this call is to have returned or raised, whatever the parameter server
+            allows; only the engine's own code may outlast them.
 
     Returns:
         What was received, once every rank has committed.
@@ -94,7 +98,10 @@ def update_weights_from_ipc(
         UpdateError: the update ended without a commit, here or on any rank. `touched` says whether
             this engine may now hold part of the new weights.
     """
-    return _Receiver(zmq_ctx, zmq_handle, device_id, run, prepare, post_hook, device_uuid).receive()
+    if time_limit is not None and not time_limit > 0:
+        raise ConfigError(f"time_limit={time_limit}: must be a positive number of seconds")
+    receiver = _Receiver(zmq_ctx, zmq_handle, device_id, run, prepare, post_hook, device_uuid, time_limit)
+    return receiver.receive()
 
 
 def serve_update(
@@ -106,6 +113,7 @@ def serve_update(
     run: Run,
     prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
+    time_limit: float | None = None,
 ) -> dict[str, Any]:
     """`update_weights_from_ipc` for adapters: finds this device's handle, and never raises.
 
@@ -132,6 +140,7 @@ def serve_update(
             prepare=prepare,
             post_hook=post_hook,
             device_uuid=device_uuid,
+            time_limit=time_limit,
         )
     except Exception as error:  # noqa: BLE001 - see the docstring: no exception may leave a worker
         return failed_status(error, device_uuid, handles.get(device_uuid))
@@ -280,8 +289,13 @@ class _Receiver:
         prepare: Prepare | None,
         post_hook: Callable[[], object] | None,
         device_uuid: str,
+        time_limit: float | None,
     ) -> None:
         self._settings = load_settings()
+        self._time_limit = time_limit
+        self._leave_seconds = LEAVE_SECONDS if time_limit is None else min(LEAVE_SECONDS, time_limit / 4)
+        end = math.inf if time_limit is None else time_limit - self._leave_seconds
+        self._end = Deadline.after(end)
         self._connection = _Connection(zmq_ctx, handle)
         self._device_id = device_id
         self._run = run
@@ -324,10 +338,9 @@ class _Receiver:
     def _receive(self) -> WorkerReport:
         connection = self._connection
         connection.send(messages.Hello(messages.PROTOCOL_VERSION, self._uuid, os.getpid()))
-        begin = self._expect(
-            messages.Begin, Deadline.after(self._settings.handshake_timeout), "the update's plan"
-        )
-        deadline = Deadline.after(begin.budget + DECISION_GRACE_SECONDS)
+        handshake = self._end.or_after(self._settings.handshake_timeout)
+        begin = self._expect(messages.Begin, handshake, "the update's plan")
+        deadline = self._end.or_after(begin.budget + DECISION_GRACE_SECONDS)
         messages.check_layout(begin)
         self._ring = map_ring(begin.ring, connection.receive_descriptors(), self._device_id)
         self._views = RingViews(self._ring)
@@ -377,9 +390,17 @@ class _Receiver:
 
     def _expect(self, kind: type[_M], deadline: Deadline, waiting_for: str) -> _M:
         while True:
+            # A wait that is none would not notice. But who has finished takes a decision that is there.
+            if self._end.passed and kind is not messages.Commit:
+                raise self._too_late(waiting_for)
             # A parameter server that is there says so every second.
             silence = deadline.or_after(self._settings.stall_timeout)
-            message = self._connection.receive(silence, waiting_for)
+            try:
+                message = self._connection.receive(silence, waiting_for)
+            except UpdateTimeout:
+                if self._end.passed:
+                    raise self._too_late(waiting_for) from None
+                raise
             if not isinstance(message, messages.StillHere):
                 break
             if self._ring is not None:
@@ -395,6 +416,13 @@ class _Receiver:
             raise ProtocolError(f"got {type(message).__name__} while waiting for {waiting_for}")
         return message
 
+    def _too_late(self, waiting_for: str) -> UpdateTimeout:
+        message = (
+            f"the engine's call has a limit of {self._time_limit:g} s, which came while this worker waited "
+            f"for {waiting_for}: give the update more time"
+        )
+        return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message))
+
     def _release(self) -> None:
         if self._views is not None:
             self._views.close()
@@ -406,7 +434,7 @@ class _Receiver:
         """Reports the failure, and stays until it has been read."""
         failure = messages.Failure.from_record(record, device_uuid=self._uuid, touched=self._touched)
         self._connection.send(failure)
-        deadline = Deadline.after(LEAVE_SECONDS)
+        deadline = Deadline.after(self._leave_seconds)
         with contextlib.suppress(UpdateError, ProtocolError):
             while not isinstance(self._connection.receive(deadline, "the abort"), messages.Abort):
                 pass

@@ -179,6 +179,12 @@ def request_timeout(timeout: float) -> float:
     return timeout - min(20.0, timeout / 4)
 
 
+def worker_time_limit(timeout: float) -> float:
+    """Seconds for a worker's call within the engine's RPC of `timeout`: some engines lose the order of their
+    replies for good where one comes after the RPC's end."""
+    return timeout - min(5.0, timeout / 20)
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What an engine answered: any status; `body`: at most MAX_ANSWER_NBYTES of it."""

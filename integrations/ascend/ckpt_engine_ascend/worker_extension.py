@@ -43,13 +43,14 @@ class NpuColocateWorkerExtension:
         partial: bool = False,
         ignored: Sequence[str] = (),
         *unexpected: object,
+        time_limit: float | None = None,
         **unknown: object,
     ) -> dict[str, Any]:
         """Receives one update; arguments and status are those of the extension for vLLM's other devices."""
         if unexpected or unknown:
             error = ConfigError(f"update_weights_from_ipc takes no arguments {[*unexpected, *unknown]}")
             return _refused(self, zmq_handles, error)
-        return update_worker(self, zmq_handles, partial=partial, ignored=ignored)
+        return update_worker(self, zmq_handles, partial=partial, ignored=ignored, time_limit=time_limit)
 
     def ckpt_engine_status(self, *_: object, **__: object) -> dict[str, Any]:
         """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, and
@@ -71,10 +72,12 @@ def update_worker(
     *,
     partial: bool = False,
     ignored: Sequence[str] = (),
+    time_limit: float | None = None,
 ) -> dict[str, Any]:
     """Receives one update into the models of an NPUWorker; never raises."""
     try:
-        return NpuWorkerUpdate(worker, partial=partial, ignored=tuple(ignored)).serve(zmq_handles)
+        update = NpuWorkerUpdate(worker, partial=partial, ignored=tuple(ignored), time_limit=time_limit)
+        return update.serve(zmq_handles)
     except Exception as error:  # noqa: BLE001 - see the module's docstring
         return _refused(worker, zmq_handles, error)
 

@@ -41,14 +41,17 @@ def update(
         UpdateError: it did not commit; the record has the worker's traceback.
         EngineRequestError: it did, but the prefix cache still holds what the old weights computed.
     """
-    from ckpt_engine.server.engine_client import check_statuses, request_timeout
+    from ckpt_engine.server.engine_client import check_statuses, request_timeout, worker_time_limit
+
+    seconds = request_timeout(timeout)
+    options = {"partial": partial, "ignored": list(ignored), "time_limit": worker_time_limit(seconds)}
 
     def ask(socket_paths: Sequence[tuple[str, str]]) -> None:
         statuses = llm.collective_rpc(
             "update_weights_from_ipc",
-            timeout=request_timeout(timeout),
+            timeout=seconds,
             args=([list(pair) for pair in socket_paths],),
-            kwargs={"partial": partial, "ignored": list(ignored)},
+            kwargs=options,
         )
         check_statuses(statuses, socket_paths, "vLLM's LLM")
 

@@ -20,6 +20,7 @@ from ckpt_engine.server.engine_client import (
     post_to_engine,
     request_inference_to_update,
     wait_until_healthy,
+    worker_time_limit,
 )
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class VllmServer:
             timeout,
             self.uds,
             api_key=self.api_key,
-            options=self._options(),
+            options=self._options(timeout),
         )
 
     def _end_open_session(self) -> None:
@@ -121,7 +122,7 @@ class VllmServer:
         self._post("/start_weight_update", ROUTE_SECONDS)
         try:
             handles = {"zmq_handles": [list(pair) for pair in socket_paths]}
-            self._post("/update_weights", timeout, {"update_info": handles | self._options()})
+            self._post("/update_weights", timeout, {"update_info": handles | self._options(timeout)})
             last = self._last_updates()
             check_statuses(last, socket_paths, f"engine at {self.endpoint}")
         except BaseException:
@@ -154,8 +155,9 @@ class VllmServer:
             found.append(last)
         return found
 
-    def _options(self) -> dict[str, object]:
-        options: dict[str, object] = {"partial": True} if self.partial else {}
+    def _options(self, timeout: float) -> dict[str, object]:
+        options: dict[str, object] = {"time_limit": worker_time_limit(timeout)}
+        options |= {"partial": True} if self.partial else {}
         return options | ({"ignored": list(self.ignored)} if self.ignored else {})
 
     def reset_prefix_cache(self) -> None:

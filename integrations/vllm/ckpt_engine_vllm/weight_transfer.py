@@ -42,6 +42,7 @@ class UpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     zmq_handles: Mapping[str, str] | Sequence[Sequence[str]]
     partial: bool = False
     ignored: Sequence[str] = field(default_factory=tuple)
+    time_limit: float | None = None
 
 
 class CkptEngineWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # type: ignore[misc]
@@ -76,7 +77,12 @@ class CkptEngineWeightTransfer(WeightTransferEngine[InitInfo, UpdateInfo]):  # t
             self._tell(remember(self._default_model, refused(handles, error)))
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        update = WorkerUpdate(self._worker(), partial=update_info.partial, ignored=tuple(update_info.ignored))
+        update = WorkerUpdate(
+            self._worker(),
+            partial=update_info.partial,
+            ignored=tuple(update_info.ignored),
+            time_limit=update_info.time_limit,
+        )
         self._tell(update.serve(update_info.zmq_handles))
 
     @staticmethod

@@ -27,6 +27,7 @@ class VllmColocateWorkerExtension:
         partial: bool = False,
         ignored: Sequence[str] = (),
         *unexpected: object,
+        time_limit: float | None = None,
         **unknown: object,
     ) -> dict[str, Any]:
         """Receives one update.
@@ -36,6 +37,8 @@ class VllmColocateWorkerExtension:
             partial: modules that no tensor is sent for keep their weights; else a parameter that would not
                 be filled fails the update.
             ignored: patterns (fnmatch) of tensors that are not for the engine's models.
+            time_limit: seconds in which this call is to end: before vLLM's RPC, for which a reply would come
+                too late.
             unexpected, unknown: refused. (Python itself would raise.)
 
         Returns:
@@ -48,8 +51,11 @@ class VllmColocateWorkerExtension:
             if on_npu(self):
                 from ckpt_engine_ascend.worker_extension import update_worker
 
-                return update_worker(self, zmq_handles, partial=partial, ignored=ignored)
-            return WorkerUpdate(self, partial=partial, ignored=tuple(ignored)).serve(zmq_handles)
+                return update_worker(
+                    self, zmq_handles, partial=partial, ignored=ignored, time_limit=time_limit
+                )
+            update = WorkerUpdate(self, partial=partial, ignored=tuple(ignored), time_limit=time_limit)
+            return update.serve(zmq_handles)
         except Exception as error:  # noqa: BLE001 - see the module's docstring
             return refused(zmq_handles, error) | {"rank": getattr(self, "rank", None)}
 

@@ -59,10 +59,18 @@ def remember(model: torch.nn.Module, status: dict[str, Any]) -> dict[str, Any]:
 class WorkerUpdate:
     """Args: `worker`: vLLM's worker, of any executor."""
 
-    def __init__(self, worker: Any, *, partial: bool, ignored: tuple[str, ...]) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        worker: Any,  # noqa: ANN401
+        *,
+        partial: bool,
+        ignored: tuple[str, ...],
+        time_limit: float | None = None,
+    ) -> None:
         self._worker = worker
         self._partial = partial
         self._ignored = ignored
+        self._time_limit = time_limit
         self._state = _state_of(worker)
         self._parts: list[tuple[Part, Reload]] = []
         self._begun = False
@@ -112,6 +120,7 @@ class WorkerUpdate:
                 prepare=self._prepare,
                 run=self._run,
                 post_hook=self._finish,
+                time_limit=self._time_limit,
             )
             self._remember(status)
         return status

@@ -2,7 +2,8 @@
 
 A request is {"checkpoint": directory, "endpoint" and "uds": the engine's, "native", "timeout", "tells"}, an
 answer {"report": ...} or {"error", "type", "record", "seconds"}. With "tells" the engine is not asked: rank 0
-says {"handles": [...]} first, and waits for a line.
+says {"handles": [...]} first, and waits for a line. With "withholds", a bucket's index, the workers never
+hear of that bucket nor of later ones: such an update takes too long, with signs of life.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import json
 import sys
 import time
 from typing import Any
+from unittest.mock import patch
 
 from ckpt_engine_vllm import VllmServer
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.checkpoint import split_checkpoint
 from ckpt_engine.errors import UpdateError
+from ckpt_engine.ipc.sender import WorkerChannel
 
 
 def update(ps: ParameterServer, request: dict[str, Any]) -> dict[str, Any]:
@@ -31,13 +34,20 @@ def update(ps: ParameterServer, request: dict[str, Any]) -> dict[str, Any]:
             )
             engine.receive(socket_paths, request["timeout"] - 10)
 
+    announce = WorkerChannel.announce
+
+    def announce_some(channel: WorkerChannel, index: int) -> None:
+        if request.get("withholds") is None or index < request["withholds"]:
+            announce(channel, index)
+
     name = request["checkpoint"]
     started = time.monotonic()
     try:
         ps.register_checkpoint(name, files=split_checkpoint(name, ps.rank, ps.world_size))
         try:
             ps.gather_metas(name)
-            report = ps.update(name, ask, timeout=request["timeout"])
+            with patch.object(WorkerChannel, "announce", announce_some):
+                report = ps.update(name, ask, timeout=request["timeout"])
         finally:
             ps.unregister_checkpoint(name)
     except Exception as error:  # noqa: BLE001 - the test looks at it

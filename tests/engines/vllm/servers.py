@@ -169,9 +169,11 @@ class Fleet:
         native: bool = False,
         timeout: float = 60,
         tells: bool = False,
+        withholds: int | None = None,
     ) -> None:
         request = {"checkpoint": str(checkpoint), "endpoint": server.url, "uds": server.uds}
         request |= {"native": native, "timeout": timeout, "tells": tells}
+        request |= {"withholds": withholds}
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps(request) + "\n")

@@ -380,6 +380,20 @@ def test_parameter_servers_that_die_leave_an_engine_that_lives(
     assert len(list(RUNTIME.iterdir())) == world.size
 
 
+def test_an_update_that_is_too_slow_ends_before_its_call_and_the_next_one_works(world: World) -> None:
+    """Its parameter servers are there and would go on; but no reply may come after the RPC's end."""
+    world.fleet.commit(world.server, world.paths["a"])
+    # The RPC gets 10 s less, its workers some more seconds less.
+    world.fleet.start_update(world.server, world.paths["b"], timeout=25, withholds=2)
+    for result in world.fleet.results():
+        assert "a limit of 14.25 s, which came while this worker waited for bucket 2" in result["error"]
+    statuses = world.server.rpc("ckpt_engine_status")
+    assert [status["weights"] for status in statuses] == ["incomplete"] * world.size
+    assert world.server.rpc("test_echo", 44) == ["44"] * world.size
+    world.fleet.commit(world.server, world.paths["b"])
+    assert world.server.answers() == world.expected["b"]
+
+
 def test_replies_that_are_late_are_told_from_those_asked_for(world: World, tmp_path: Path) -> None:
     """A worker is held up for longer than vLLM's RPC may take. vLLM then gives out each of its later replies
     one call late, and only another engine process helps: so no update may be said to have worked.

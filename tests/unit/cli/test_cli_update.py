@@ -24,7 +24,7 @@ from ckpt_engine.cli import push as push_module
 from ckpt_engine.cli.push import InferenceGroup, Split, inference_group, share_of
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta, metas_from_json, metas_to_json
-from ckpt_engine.server.engine_client import request_timeout
+from ckpt_engine.server.engine_client import request_timeout, worker_time_limit
 from tests.support.mooncake import need_mooncake
 from tests.support.npy_files import NpyFile
 
@@ -431,6 +431,7 @@ def test_the_http_request_ends_before_the_update(timeout: float) -> None:
     assert asked > 0
     slack = min(10.0, max(1.0, 0.05 * asked))  # of request_inference_to_update
     assert asked + slack < timeout
+    assert 0 < worker_time_limit(asked) < asked
 
 
 def test_plain_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

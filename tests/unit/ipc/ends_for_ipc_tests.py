@@ -138,6 +138,7 @@ class Receiver:
         prepare: Prepare | None = None,
         post_hook: Callable[[], object] | None = None,
         device_uuid: str = UUID,
+        time_limit: float | None = None,
     ) -> None:
         self.loaded: dict[str, torch.Tensor] = {}
         self.threw: BaseException | None = None
@@ -156,6 +157,7 @@ class Receiver:
                     prepare=prepare,
                     post_hook=post_hook,
                     device_uuid=device_uuid,
+                    time_limit=time_limit,
                 )
             except BaseException as error:  # noqa: BLE001 - a test looks at it
                 self.threw = error

@@ -30,7 +30,7 @@ from ends_for_ipc_tests import (
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import SharedRing
-from ckpt_engine.errors import PeerLost, UpdateError, UpdateTimeout
+from ckpt_engine.errors import ConfigError, PeerLost, UpdateError, UpdateTimeout
 from ckpt_engine.ipc import receiver
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -226,6 +226,59 @@ def test_a_parameter_server_that_shows_no_sign_of_life_is_left(
         assert time.monotonic() - started < PROMPT_SECONDS
         sender.channel.abort("it gave up")
         assert isinstance(end.error(), UpdateTimeout)
+
+
+def test_a_worker_leaves_before_its_call_ends(context: Context, base: Path) -> None:
+    """Though the parameter server is there, and would wait for longer."""
+    with Sender(context, base) as sender:
+        started = time.monotonic()
+        end = Receiver(context, sender.handle, time_limit=2.0)
+        sender.begin()
+        sender.move(last=1)
+
+        def never() -> bool:
+            sender.channel.beat()
+            return False
+
+        with pytest.raises(UpdateError, match=r"a limit of 2 s, .* waited for bucket 1") as caught:
+            sender.until(never, "its failure")
+        assert time.monotonic() - started > 1
+        assert caught.value.record.error_type == "UpdateTimeout"
+        assert caught.value.touched
+        sender.channel.abort("it gave up")
+        error = end.error()
+        assert isinstance(error, UpdateTimeout)
+        assert error.touched is True
+    # The plan may not come, and nobody may hear of that.
+    with RawServer(context, base) as server:
+        started = time.monotonic()
+        error = Receiver(context, server.handle, time_limit=1.0).error()
+        assert 0.7 < time.monotonic() - started < PROMPT_SECONDS
+        assert "a limit of 1 s, which came while this worker waited for the update's plan" in str(error)
+
+
+def test_a_slow_worker_leaves_before_its_call_ends(context: Context, base: Path) -> None:
+    """Each bucket is there when it asks: it never waits."""
+    limit = Deadline.after(1.0)
+
+    def run(_: object) -> None:
+        threading.Event().wait(limit.remaining)
+
+    with Sender(context, base) as sender:
+        end = Receiver(context, sender.handle, run=run, time_limit=1.0)
+        sender.begin()
+        sender.channel.announce(0)
+        sender.channel.announce(1)
+        with pytest.raises(UpdateError, match=r"a limit of 1 s, .* waited for bucket 1"):
+            sender.until(lambda: False, "its failure")
+        assert sender.channel.done == 0
+        sender.channel.abort("it gave up")
+        assert isinstance(end.error(), UpdateTimeout)
+
+
+def test_a_limit_that_is_none_is_refused(context: Context) -> None:
+    with pytest.raises(ConfigError, match="time_limit=0: must be a positive"):
+        receiver.update_weights_from_ipc(context, "ipc:///x", None, run=lambda _: None, time_limit=0)
 
 
 def test_a_reload_that_fails_on_the_device_is_reported_though_nobody_asks(

@@ -177,6 +177,18 @@ def test_a_native_update_that_no_worker_tells_of_has_failed_and_is_finished(vllm
     assert vllm.bodies["/finish_weight_update"] is None
 
 
+@pytest.mark.parametrize("native", [False, True])
+def test_a_worker_gets_less_time_than_its_call(vllm: Vllm, native: bool) -> None:
+    """A reply after the RPC's end would be taken for the next call's."""
+    vllm.statuses = [COMMITTED | status("committed", last=COMMITTED)]
+    VllmServer(endpoint=vllm.url, native=native).receive(PATHS, 100)
+    sent = vllm.bodies["/update_weights"]["update_info"] if native else vllm.bodies["update_weights_from_ipc"]
+    options = sent if native else sent["kwargs"]
+    assert options["time_limit"] == 95
+    if not native:
+        assert sent["timeout"] == 100
+
+
 def test_a_native_update_gives_the_server_its_version(vllm: Vllm) -> None:
     vllm.statuses = [status("committed", last=COMMITTED)]
     VllmServer(endpoint=vllm.url, native=True).receive(PATHS, SECONDS)
