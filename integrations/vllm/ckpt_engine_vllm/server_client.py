@@ -98,13 +98,7 @@ class VllmServer:
     def _end_open_session(self) -> None:
         """Of an asker that died before it could: vLLM's workers would raise at the next start, which puts the
         replies of several out of step for good. So would a finish where a worker has no session."""
-        statuses = call_engine(
-            f"{self._base}/collective_rpc",
-            "ckpt_engine_status",
-            timeout=ROUTE_SECONDS,
-            uds=self.uds,
-            api_key=self.api_key,
-        )
+        statuses = self._statuses()
         are_open = [isinstance(status, dict) and status.get("session_open") is True for status in statuses]
         if not any(are_open):
             return
