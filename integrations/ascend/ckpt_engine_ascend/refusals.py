@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def refuse_unsupported(model: torch.nn.Module, vllm_config: Any) -> None:  # noq
             f"does that, fused MC2 to experts): {_NZ_REMEDY}, without enable_fused_mc2"
         )
     if has_layerwise_reload():
+        _refuse_disposed(model)
         return
     what = "quantised weights" if quantization is not None else ""
     if any(name.endswith(("w13_weight", "w2_weight")) for name, _ in model.named_parameters()):
@@ -51,6 +53,37 @@ def refuse_unsupported(model: torch.nn.Module, vllm_config: Any) -> None:  # noq
         raise ConfigError(
             f"post-processing transposes and packs {what}, and this vLLM cannot give its layers fresh "
             "tensors: use one with vllm.model_executor.model_loader.reload"
+        )
+
+
+def _refuse_disposed(model: torch.nn.Module) -> None:
+    """What a layer threw away once it had made something else of it has no place that a reload could fill."""
+    layerwise = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
+    for path, module in model.named_modules():
+        parameters, _ = layerwise.get_layerwise_info(module).restore_metadata
+        for name, wanted in parameters.items():
+            held = module._parameters.get(name, wanted)
+            if wanted.numel() and (held is None or not held.numel()):
+                freed = ".".join(filter(None, (path, name)))
+                raise ConfigError(
+                    f"vllm-ascend has freed {freed} after it had made others of it (as with MLA's and SFA's "
+                    "projections), which a reload cannot make anew: start the engine without the option that "
+                    "frees it, or restart it with the new weights"
+                )
+
+
+def refuse_asleep(worker: Any) -> None:  # noqa: ANN401 - vllm-ascend's NPUWorker
+    """Raises ConfigError where the memory of the weights has been given back (vLLM's sleep): a write to it
+    would end the worker. vllm-ascend's allocator does not say so; what it keeps until then does."""
+    # What was not imported has nothing asleep.
+    module = sys.modules.get("vllm_ascend.device_allocator.camem")
+    allocator = getattr(getattr(module, "CaMemAllocator", None), "instance", None)
+    held = getattr(allocator, "pointer_to_data", {}).values()
+    offloaded = any(data.tag == "weights" and data.cpu_backup_tensor is not None for data in held)
+    if offloaded or getattr(worker, "_sleep_saved_buffers", None):
+        raise ConfigError(
+            "the engine's weights are asleep: wake them up first (POST /wake_up?tags=weights), and its KV "
+            "cache after the update (tags=kv_cache)"
         )
 
 

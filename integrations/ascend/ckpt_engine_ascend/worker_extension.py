@@ -27,7 +27,7 @@ from ckpt_engine.loading.rehearsal import buckets_of
 from ckpt_engine.loading.rehearsal import rehearse as rehearse_in_place
 from ckpt_engine_ascend import reload
 from ckpt_engine_ascend.identity import device_uuid
-from ckpt_engine_ascend.refusals import refuse_unsupported
+from ckpt_engine_ascend.refusals import refuse_asleep, refuse_unsupported
 
 Handles = Mapping[str, str] | Sequence[Sequence[str]]
 """`{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks."""
@@ -116,6 +116,7 @@ class NpuWorkerUpdate(WorkerUpdate):
         return cast(AbstractContextManager[object], load_npu().device(index))
 
     def _refuse(self, parts: Sequence[Part]) -> None:
+        refuse_asleep(self._worker)
         for part in parts:
             refuse_unsupported(part.model, self._worker.vllm_config)
 

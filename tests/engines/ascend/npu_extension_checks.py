@@ -240,6 +240,36 @@ def test_aliases_of_experts_do_not_hide_that_these_are_not_filled() -> None:
         prepare(checkpoint(1), worker)
 
 
+@pytest.mark.parametrize("left", [None, torch.nn.Parameter(torch.empty(0), requires_grad=False)])
+def test_weights_that_a_layer_has_freed_are_refused_by_name(left: torch.nn.Parameter | None) -> None:
+    worker = WorkerBase(0)
+    layer = worker.model.qkv[1]
+    freed = layer.weight
+    layer.register_parameter("weight", left)
+    with pytest.raises(ConfigError, match=r"has freed qkv\.1\.weight"):
+        refuse_unsupported(worker.model, config())
+    layer.register_parameter("weight", freed)  # type: ignore[arg-type]
+    refuse_unsupported(worker.model, config())
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_sleeping_engine_is_refused(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    """Level 1 leaves a copy on the host, level 2 only the buffers. A KV cache may sleep on."""
+    cache = SimpleNamespace(tag="kv_cache", cpu_backup_tensor=torch.zeros(1))
+    weights = SimpleNamespace(tag="weights", cpu_backup_tensor=torch.zeros(1) if level == 1 else None)
+    instance = SimpleNamespace(pointer_to_data={1: cache, 2: weights})
+    module = ModuleType("vllm_ascend.device_allocator.camem")
+    module.CaMemAllocator = SimpleNamespace(instance=instance)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm_ascend.device_allocator.camem", module)
+    worker = WorkerBase(0)
+    worker._sleep_saved_buffers = {"b": torch.zeros(1)} if level == 2 else {}  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="asleep: wake them up first"):
+        prepare(checkpoint(1), worker)
+    weights.cpu_backup_tensor = None
+    worker._sleep_saved_buffers = {}  # type: ignore[attr-defined]
+    prepare(checkpoint(1), worker)
+
+
 def test_quantised_weights_are_refused_as_long_as_no_reload_was_shown_right() -> None:
     worker = WorkerBase(0)
     worker.vllm_config = config("ascend")

@@ -16,7 +16,8 @@ from vllm.config import get_current_vllm_config
 
 @dataclass
 class Info:
-    restore_metadata: dict[str, torch.Tensor] = field(default_factory=dict)
+    restore_metadata: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    """Parameters, buffers."""
     restore_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     kernel_tensors: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     loaded_weights: list[tuple[str, inspect.BoundArguments]] = field(default_factory=list)
@@ -38,7 +39,7 @@ def record_metadata_for_reloading(model: torch.nn.Module) -> None:
     for module in model.modules():
         parameters = {name: p for name, p in module._parameters.items() if p is not None}
         info = get_layerwise_info(module)
-        info.restore_metadata = {name: to_meta_tensor(p) for name, p in parameters.items()}
+        info.restore_metadata = ({name: to_meta_tensor(p) for name, p in parameters.items()}, {})
         info.restore_device = next((p.device for p in parameters.values()), torch.device("cpu"))
 
 
@@ -49,7 +50,7 @@ def initialize_layerwise_reload(model: torch.nn.Module) -> None:
     for module in model.modules():
         info = get_layerwise_info(module)
         assert not info.active, "the last reload was neither finished nor put back"
-        if not info.restore_metadata:
+        if not info.restore_metadata[0]:
             continue
         info.kernel_tensors = dict(module.named_parameters(recurse=False))
         info.active = True

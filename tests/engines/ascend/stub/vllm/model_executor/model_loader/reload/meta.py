@@ -15,5 +15,5 @@ def to_meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def restore_layer_on_meta(layer: torch.nn.Module, info: Info) -> None:
-    for name, tensor in info.restore_metadata.items():
+    for name, tensor in info.restore_metadata[0].items():
         layer.register_parameter(name, to_meta_tensor(tensor))
