@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ckpt_engine_vllm.parts import parts_of
+from ckpt_engine_vllm.plugin import BACKEND, register
 from ckpt_engine_vllm.weight_transfer import CkptEngineWeightTransfer, InitInfo
 from ckpt_engine_vllm.worker_update import WorkerUpdate
 
@@ -102,3 +103,15 @@ def test_an_empty_init_body_is_right(body: object) -> None:
     engine = backend(config(None))
     assert isinstance(engine.parse_init_info(body), InitInfo)
     assert WorkerUpdate.status_of(engine._worker_of(0, 0))["last"] is None
+
+
+def test_registering_the_backend_again_changes_nothing() -> None:
+    """vLLM calls it in each of its processes, in some more than once; its own register raises at a name that
+    is taken."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    register()
+    before = dict(WeightTransferEngineFactory._registry)
+    register()
+    assert before == WeightTransferEngineFactory._registry
+    assert BACKEND in before
