@@ -153,7 +153,7 @@ def test_updates_equal_loads_from_disk(model: Model) -> None:
 
 def test_update_in_one_call(model: Model) -> None:
     for version in "ba":
-        committed = model.engine.ask("update", str(model.paths[version]))
+        committed = model.engine.ask("update", [str(model.paths[version]), {}])
         _same(model.engine.answers(), model.expected[version])
         assert model.engine.rpc("ckpt_engine_status")[0]["version"] == committed
 

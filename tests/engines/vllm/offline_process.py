@@ -2,7 +2,7 @@
 
 Requests: {"start": {LLM's arguments}}, {"generate": [prompts of token ids]},
 {"complete": prompt}, {"rpc": [method, args, kwargs]},
-{"update": a checkpoint's directory}. An answer is {"result": ...} or {"error": traceback}.
+{"update": [a checkpoint's directory, options]}. An answer is {"result": ...} or {"error": traceback}.
 """
 
 from __future__ import annotations
@@ -57,18 +57,19 @@ class Offline:
         method, args, kwargs = call
         return self.llm.collective_rpc(method, args=tuple(args), kwargs=kwargs)
 
-    def update(self, directory: str) -> str:
+    def update(self, call: list[Any]) -> str:
         """With this process's own parameter server, as a trainer that has the engine inside does it; the
         version."""
         import ckpt_engine_vllm
 
         from ckpt_engine import ParameterServer
 
+        directory, options = call
         device = os.environ.get("TEST_DEVICE", "cpu")
         with ParameterServer(rank=0, world_size=1, device=device) as ps:
             ps.register_checkpoint("new", files=[f"{directory}/model.safetensors"])
             ps.gather_metas("new")
-            return ckpt_engine_vllm.update(self.llm, ps, "new", timeout=100).version
+            return ckpt_engine_vllm.update(self.llm, ps, "new", timeout=100, **options).version
 
 
 def main() -> None:

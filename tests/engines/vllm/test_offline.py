@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_engine.errors import UpdateError
 from ckpt_engine.metadata import align_up
@@ -75,7 +75,7 @@ def test_every_border_between_buckets(model: Model) -> None:
     """So each fused parameter is cut at each of its members; then cuts at random."""
     rng = random.Random(SEEDS["a"])
     count = len(tensor_names(model.paths["a"]))
-    splits = [[border] for border in range(1, count)][:60]
+    splits = [[border] for border in range(1, count)]
     splits += [sorted(rng.sample(range(1, count), rng.randint(2, min(12, count - 1)))) for _ in range(20)]
     kept = set()
     for number, borders in enumerate(splits):
@@ -102,9 +102,35 @@ def test_a_model_that_wants_tensors_together_is_refused_where_they_come_apart(mo
 
 def test_update_in_one_call(model: Model) -> None:
     for version in "ba":
-        committed = model.engine.ask("update", str(model.paths[version]))
+        committed = model.engine.ask("update", [str(model.paths[version]), {}])
         assert model.engine.answers() == model.expected[version]
         assert model.engine.rpc("ckpt_engine_status")[0]["version"] == committed
+
+
+def test_update_in_one_call_raises_what_the_worker_did(model: Model) -> None:
+    update_from(model.engine, model.paths["a"])
+    model.engine.rpc("test_fault", "run", 0)
+    with pytest.raises(RuntimeError, match="UpdateError") as caught:
+        model.engine.ask("update", [str(model.paths["b"]), {}])
+    assert "RuntimeError: injected in run" in str(caught.value)
+    assert "tests/engines/vllm/extension.py" in str(caught.value)
+    model.engine.ask("update", [str(model.paths["b"]), {}])
+    assert model.engine.answers() == model.expected["b"]
+
+
+def test_update_in_one_call_has_the_workers_options(model: Model, tmp_path: Path) -> None:
+    update_from(model.engine, model.paths["a"])
+    name, unknown = "model.norm.weight", "model.layers.0.mlp.down_proj.bias"
+    part = {name: load_file(model.paths["b"] / "model.safetensors")[name]}
+    save_file(part | {unknown: torch.zeros(128, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    for options in ({"partial": True}, {"ignored": [unknown]}):
+        with pytest.raises(RuntimeError, match="WeightsMismatch"):
+            model.engine.ask("update", [str(tmp_path), options])
+        assert model.engine.rpc("test_digests") == model.expected["a"].digests
+    model.engine.ask("update", [str(tmp_path), {"partial": True, "ignored": [unknown]}])
+    expected = dict(model.expected["a"].digests[0])
+    expected[name] = model.expected["b"].digests[0][name]
+    assert model.engine.rpc("test_digests") == [expected]
 
 
 def test_a_part_of_the_model_only_when_asked_for(model: Model) -> None:
