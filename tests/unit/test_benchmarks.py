@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
             ["--gib", "0.02", "--receivers", "1", "--piece-mib", "1,4", "--rounds", "1", "--join"],
             3,
         ),
+        ("control", ["--ranks", "1,9", "--rounds", "1"], 2),
         ("soak", ["--gib", "0.01", "--tensor-mib", "1", "--cycles", "2"], 3),
     ],
 )
