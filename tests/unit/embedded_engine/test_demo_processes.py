@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +26,13 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """pytest's own may be too long for the path of a socket."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
 
 
 def wait_for(path: Path) -> str:
@@ -112,9 +121,9 @@ def test_digests_that_differ_are_named() -> None:
     ],
     ids=["before-any-engine", "update-fails"],
 )
-def test_a_failing_demo_says_so_and_leaves_nothing(tmp_path: Path, patch: str, message: str) -> None:
+def test_a_failing_demo_says_so_and_leaves_nothing(short_path: Path, patch: str, message: str) -> None:
     code = f"import sys; from ckpt_engine.cli import demo\n{patch}\nsys.exit(demo.run_demo(size='tiny'))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(short_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
     )
@@ -122,12 +131,12 @@ def test_a_failing_demo_says_so_and_leaves_nothing(tmp_path: Path, patch: str, m
     document = json.loads(done.stdout.splitlines()[-1])
     assert document["verified"] is False
     assert message in document["error"]
-    assert not list(tmp_path.glob("ckpt-engine-demo-*"))
+    assert not list(short_path.glob("ckpt-engine-demo-*"))
 
 
-def test_the_whole_demo(tmp_path: Path) -> None:
+def test_the_whole_demo(short_path: Path) -> None:
     code = "import sys; from ckpt_engine.cli import demo; sys.exit(demo.run_demo(size='tiny', keep=True))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(short_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
     )
@@ -139,9 +148,9 @@ def test_the_whole_demo(tmp_path: Path) -> None:
     assert document["bytes"] == 205_440 < sum(f.stat().st_size for f in (kept / "checkpoint").iterdir())
 
 
-def test_an_interrupted_demo_ends_its_engines(tmp_path: Path) -> None:
+def test_an_interrupted_demo_ends_its_engines(short_path: Path) -> None:
     code = "import sys; from ckpt_engine.cli import demo; sys.exit(demo.run_demo(size='tiny'))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(short_path)}
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,
@@ -157,10 +166,10 @@ def test_an_interrupted_demo_ends_its_engines(tmp_path: Path) -> None:
         output, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGTERM
     assert json.loads(output) == {"verified": False, "error": "interrupted by SIGTERM"}
-    assert not list(tmp_path.glob("ckpt-engine-demo-*"))
+    assert not list(short_path.glob("ckpt-engine-demo-*"))
     # The engines' command lines name the directory.
     commands = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             commands.append(entry.read_bytes())
-    assert not [command for command in commands if str(tmp_path).encode() in command]
+    assert not [command for command in commands if str(short_path).encode() in command]

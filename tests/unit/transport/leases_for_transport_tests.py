@@ -15,7 +15,7 @@ from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.leases import Lease
 
 SESSION, NAME, EPOCH = "d7" * 16, "step-100", "e1"
-LIMIT = 30.0
+LIMIT = 60.0
 """Seconds for what should happen at once, on a loaded machine."""
 
 

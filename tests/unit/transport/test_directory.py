@@ -17,7 +17,7 @@ from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.leases import Announcement
 
 SESSION, NAME, EPOCH = "d7" * 16, "step-100", "e1"
-LIMIT = 30.0
+LIMIT = 60.0
 
 
 class Asked:

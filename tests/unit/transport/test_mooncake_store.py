@@ -29,7 +29,7 @@ from ckpt_engine.transport.mooncake_store import MooncakeStore, describe
 from ckpt_engine.transport.p2p import P2PStore, Piece, Read, make_p2p_store
 from tests.support.fake_mooncake import FakeEngine, FakeNetwork
 
-LIMIT = 30.0
+LIMIT = 60.0
 SEED = 20271127
 MiB = 1024 * 1024
 

@@ -29,7 +29,7 @@ from ckpt_engine.transport import shared_memory
 from ckpt_engine.transport.shared_memory import COPIED, STAGED, HostLinks
 
 TOKEN = "update-17"
-SECONDS = 20.0
+SECONDS = 60.0
 PROMPT_SECONDS = 5.0
 NBYTES = 8192
 
