@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ def update_from(
         if status["outcome"] != "committed":
             raise RuntimeError(f"the engine says: {status['error']}")
 
+    return update_by(checkpoint, ask, slot_nbytes=slot_nbytes, timeout=timeout, device=device)
+
+
+def update_by(
+    checkpoint: Path | Mapping[str, torch.Tensor],
+    ask: Callable[[list[tuple[str, str]]], None],
+    *,
+    slot_nbytes: int | None = None,
+    timeout: float = 120,
+    device: str = "cpu",
+) -> UpdateReport:
+    """The same, by a program that asks its engine in a way of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPT_ENGINE_HOST_ID", "here")
         if slot_nbytes is not None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from ckpt_engine.errors import UpdateError
 from tests.engines.vllm.drafters import make_eagle, make_mimo
 from tests.engines.vllm.engines import PROMPTS, Checkpoints, OfflineEngine
-from tests.engines.vllm.parameter_servers import update_from
+from tests.engines.vllm.parameter_servers import update_by, update_from
 
 
 def test_a_drafter_gets_its_own_tensors_and_only_those(
@@ -46,6 +46,34 @@ def test_a_drafter_gets_its_own_tensors_and_only_those(
         update_from(offline, tensors["a"] | drafts)
     assert offline.rpc("test_digests") == [expected["b"]]
     assert offline.ask("generate", [[5, 6, 7]])
+
+
+def _natively(offline: OfflineEngine, checkpoint: Path) -> dict[str, Any]:
+    """An update by what vLLM's own routes call; the worker's status."""
+
+    def ask(socket_paths: list[tuple[str, str]]) -> None:
+        offline.rpc("start_weight_update")
+        offline.rpc("update_weights", {"zmq_handles": [list(pair) for pair in socket_paths]})
+        offline.rpc("finish_weight_update")
+
+    update_by(checkpoint, ask)
+    return offline.rpc("ckpt_engine_status")[0]["last"]
+
+
+NATIVE = {"weight_transfer_config": {"backend": "ckpt_engine"}}
+
+
+def test_vllms_own_routes_refuse_an_engine_with_a_drafter(
+    offline: OfflineEngine, checkpoints: Checkpoints
+) -> None:
+    path = checkpoints("qwen3", "a")
+    offline.start(path, **_speculating("draft_model", model=str(path)), **NATIVE)
+    before = _all_of(offline)
+    with pytest.raises(UpdateError, match=r"ConfigError: .*does not update drafters") as caught:
+        _natively(offline, checkpoints("qwen3", "b"))
+    assert caught.value.touched is False
+    assert "does not update drafters" in offline.rpc("ckpt_engine_status")[0]["last"]["error"]
+    assert _all_of(offline) == before
 
 
 def _all_of(offline: OfflineEngine) -> list[Any]:
@@ -91,6 +119,36 @@ def test_an_mtp_layer_comes_from_the_models_checkpoint(
         update_from(offline, tensors)
     assert caught.value.touched is False
     assert _all_of(offline) == expected["a"]
+
+
+def test_an_mtp_model_of_a_checkpoint_apart_gets_its_own_tensors(
+    offline: OfflineEngine, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """vLLM calls it `mtp` too."""
+    paths = {version: make_mimo(checkpoints("qwen2", version), tmp_path / version) for version in "ab"}
+    expected = {}
+    for main, drafter in ("ab", "ba"):
+        options = _speculating("mtp", model=str(paths[drafter])) | {"trust_remote_code": True}
+        offline.start(paths[main], **options)
+        expected[main] = _all_of(offline)
+    tensors = {version: load_file(path / "model.safetensors") for version, path in paths.items()}
+    # Now the main model is b. The drafter's embedding and head may be the main model's.
+    for main, drafter in ("ab", "ba"):
+        drafts = {
+            f"drafter.{name}": each for name, each in tensors[drafter].items() if ".mtp_layers." in name
+        }
+        mains = {name: each for name, each in tensors[main].items() if ".mtp_layers." not in name}
+        update_from(offline, mains | drafts, partial=True)
+        assert offline.rpc("test_digests") == expected[main][1]
+        (digests,) = offline.rpc("test_drafter_digests")
+        own = {name for name in digests if ".mtp_layers." in name}
+        assert own
+        assert {name: digests[name] for name in own} == {name: expected[main][2][0][name] for name in own}
+    # The main model's tensors alone leave its layers as they are.
+    update_from(offline, {name: each for name, each in tensors["a"].items() if ".mtp_layers." not in name})
+    (after,) = offline.rpc("test_drafter_digests")
+    assert {name: after[name] for name in own} == {name: digests[name] for name in own}
+    assert offline.rpc("ckpt_engine_status")[0]["last"]["models"]["drafter"] == 0
 
 
 @pytest.mark.parametrize("embedding", [False, True], ids=["the model's embedding", "an embedding of its own"])
