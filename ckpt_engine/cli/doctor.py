@@ -37,6 +37,8 @@ def doctor(as_json: AsJson = False, verbose: Verbose = False) -> None:
     from ckpt_engine.findings import Level
     from ckpt_engine.settings import load_settings
 
+    # Else torch's import would load torch_npu with it, and fail, or crash, with it where CANN is not set up.
+    os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     found = list(examine(CHECKS, load_settings(), os.environ))
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in found]))

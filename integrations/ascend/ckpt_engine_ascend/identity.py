@@ -5,7 +5,7 @@
 The number is the chip's on its host (`npu_id * chips_per_npu + chip_id` on uniform machines, which is what
 the reference computes), so that both sides may run in different containers, and a fleet may mix. Ways to it:
 
-1. CKPT_ENGINE_DEVICE_UUID, as it is.
+1. CKPT_ENGINE_DEVICE_UUID, as it is, but for torch's index of the device in the place of `{index}`.
 2. `npu-smi info -t proc-mem` lists this very pid on a chip. The driver shows a container its own pids, but a
    privileged one the host's, among which ours may be somebody else's: there this way leads nowhere.
 3. `npu-smi info -m` says which chip has this process' logic id. 2 must not contradict it.
@@ -40,6 +40,7 @@ _HOSTS_PIDS = "pid:[4026531836]"
 """The kernel's own number of the first namespace of pids."""
 _CAP_SYS_ADMIN = 1 << 21
 """Privileged containers have it, others rarely."""
+_PLACE = "{index}"
 _VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 
 _WAYS_OUT = (
@@ -61,7 +62,10 @@ _WAYS_OUT = (
 )
 
 
-NAME_IT = "Or set CKPT_ENGINE_DEVICE_UUID to the same text for this device's parameter server and worker."
+NAME_IT = (
+    "Or set CKPT_ENGINE_DEVICE_UUID to the same text for this device's parameter server and worker, such as "
+    "NPU-x-{index}, where several workers share an environment."
+)
 
 
 class IdentityError(DeviceError):
@@ -101,12 +105,13 @@ def device_uuid(index: int | None = None, *, settings: Settings | None = None) -
 
     Raises:
         IdentityError: it cannot be told.
-        ConfigError: ASCEND_RT_VISIBLE_DEVICES does not fit the index.
+        ConfigError: ASCEND_RT_VISIBLE_DEVICES does not fit the index, or CKPT_ENGINE_DEVICE_UUID has an
+            `{index}` that is not known.
     """
     settings = settings or load_settings()
-    if settings.device_uuid:
-        return settings.device_uuid
     index = _current_index() if index is None else index
+    if settings.device_uuid:
+        return _named(settings.device_uuid, index)
     logic_id = None if index is None else logic_id_of(index, os.environ)
     key = (os.getpid(), logic_id)
     number = _NUMBERS.get(key)
@@ -115,6 +120,15 @@ def device_uuid(index: int | None = None, *, settings: Settings | None = None) -
         if logic_id is not None:  # else another device may be meant the next time
             _NUMBERS[key] = number
     return f"NPU-{settings.host_id_override or host_ip()}-{number}"
+
+
+def _named(text: str, index: int | None) -> str:
+    """The operator's word, with the index where it says `{index}`: several workers share an environment."""
+    if _PLACE not in text:
+        return text
+    if index is None:
+        raise ConfigError(f"CKPT_ENGINE_DEVICE_UUID={text!r}: this process has no current NPU yet")
+    return text.replace(_PLACE, str(index))
 
 
 _NUMBERS: dict[tuple[int, int | None], int] = {}
@@ -170,7 +184,8 @@ def chip_number(pid: int, logic_id: int | None, smi: NpuSmi, *, own_pids: bool) 
             "npu-smi names no logic ids here, and its pids are the host's: this one would be another process'"
         )
         raise _error(pid, logic_id, why, smi.useless)
-    listed_on = _listed(pid, chips, own, smi)
+    # The host's pids say nothing of a process that is known by its logic id.
+    listed_on = _listed(pid, chips, own, smi) if own_pids or own is None else _Listed()
     cards = smi.cards() if own is None else None
     if cards is not None and cards.keys() != {chip.npu_id for chip in chips}:
         listed_on.certain = False  # it may be on an NPU that the table lacks, because it was cut short
@@ -204,6 +219,7 @@ def _number(
     if chip.phy_id is None and chip.npu_id:
         # The formula needs the count of chips, of which a table that was cut short lacks some.
         told = (smi.cards() or {}).get(chip.npu_id) if told is None else told
+        told = smi.processes(chip.npu_id).chip_count if told is None else told
         if told != count:
             counts = "nothing else says how many there are" if told is None else f"elsewhere it says {told}"
             why = f"`npu-smi info -m` lists {count} chips of NPU {chip.npu_id}, and {counts}"
@@ -265,10 +281,9 @@ def _ask(
     on = {chip_id for chip_id, processes in by_chip.items() if pid in processes}
     if own is None and on and len(chips) > 1:
         # Which chip a process is on, the order of rows alone tells: ask again, without one.
-        asked = smi.processes_by_chip(npu_id, [chip.chip_id for chip in chips])
-        if asked is not None:
-            complete = complete and on == {chip_id for chip_id in asked if pid in asked[chip_id]}
-            by_chip = asked if complete else by_chip
+        asked = smi.processes_by_chip(npu_id, [chip.chip_id for chip in chips]) or {}
+        complete = complete and on == {chip_id for chip_id in asked if pid in asked[chip_id]}
+        by_chip = asked if complete else by_chip
     listed.certain = listed.certain and complete
     for chip_id in on:
         if chip_id is None and own is not None and own.npu_id == npu_id:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +83,30 @@ def test_the_command_says_it_with_the_remedy(scenario: Callable[..., None]) -> N
     (found,) = [one for one in json.loads(listed.stdout) if one["subject"] == "npu ports"]
     assert found["level"] == "warning"
     assert "16666" in found["message"]
+
+
+def test_a_torch_npu_that_cannot_be_loaded_does_not_end_the_doctor(tmp_path: Path) -> None:
+    """Without CANN's libraries. torch would load it by itself, and not be importable."""
+    package, metadata = tmp_path / "torch_npu", tmp_path / "torch_npu-2.13.0.dist-info"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')\n")
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.13.0\n")
+    (metadata / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt_engine.cli.main", "doctor", "--json"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stderr
+    found = {one["subject"]: one for one in json.loads(done.stdout)}
+    assert found["torch_npu"]["level"] == "error"
+    assert "libhccl.so" in found["torch_npu"]["message"]
+    assert "set_env.sh" in found["torch_npu"]["message"]
+    assert "npu ports" in found
 
 
 def test_port_16666_is_explained(scenario: Callable[..., None]) -> None:

@@ -217,6 +217,16 @@ def test_the_operators_word_wins(scenario: Callable[..., None], monkeypatch: pyt
     assert device_uuid(0) == "NPU-mine"
 
 
+def test_workers_that_share_an_environment_get_keys_of_their_own(
+    scenario: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenario("dcmi_fail")
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-x-{index}")
+    assert [device_uuid(index) for index in (0, 1)] == ["NPU-x-0", "NPU-x-1"]
+    with pytest.raises(ConfigError, match="no current NPU yet"):
+        device_uuid(None)
+
+
 def test_npu_smi_is_not_there(
     scenario: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
