@@ -163,7 +163,7 @@ class Fleet:
 
     def start_update(
         self,
-        server: Server,
+        server: Server | None,
         checkpoint: Path,
         *,
         native: bool = False,
@@ -171,7 +171,11 @@ class Fleet:
         tells: bool = False,
         withholds: int | None = None,
     ) -> None:
-        request = {"checkpoint": str(checkpoint), "endpoint": server.url, "uds": server.uds}
+        """Without a `server`, whoever has an engine of another kind asks it with what `tells` tells."""
+        assert server is not None or tells
+        request: dict[str, Any] = {"checkpoint": str(checkpoint)}
+        if server is not None:
+            request |= {"endpoint": server.url, "uds": server.uds}
         request |= {"native": native, "timeout": timeout, "tells": tells}
         request |= {"withholds": withholds}
         for process in self.processes:
