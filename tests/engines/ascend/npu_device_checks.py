@@ -106,6 +106,29 @@ def test_a_ring_that_nobody_mapped_is_freed() -> None:
     ring.close()
 
 
+def test_what_is_freed_goes_back_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch_npu keeps what other processes have let go, and what was freed, until it is told not to."""
+    asked: list[tuple[str, int]] = []
+    for name in ("ipc_collect", "empty_cache"):
+        real = getattr(NPU, name)
+        monkeypatch.setattr(NPU, name, lambda name=name, real=real: (asked.append((name, free())), real())[1])
+    before = free()
+    ring = ServerRing(0, NBYTES, 1)
+    ring.handle()
+    assert free() < before
+    asked.clear()
+    ring.close()
+    assert asked == [("ipc_collect", before), ("empty_cache", before)]
+    monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", "NPU-mine")
+    device = make_device("npu", load_settings(), 0)
+    asked.clear()
+    assert device.free_memory() == before
+    assert asked == [("empty_cache", before)]
+    asked.clear()
+    device.collect()
+    assert [name for name, _ in asked] == ["ipc_collect", "empty_cache"]
+
+
 def test_a_kept_ring_is_exported_anew_for_each_worker() -> None:
     """Counted down twice, torch_npu would never free it; and exports of one tensor pile up on each other."""
     ring = ServerRing(0, NBYTES, 1)
