@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -29,6 +31,7 @@ class Vllm:
         self.posts: list[str] = []
         self.bodies: dict[str, Any] = {}
         self.paused = False
+        self.on_status: Callable[[], object] = lambda: None
         self.may_answer_pause = threading.Event()
         self.may_answer_pause.set()
         vllm = self
@@ -61,6 +64,7 @@ class Vllm:
         elif path == "/resume":
             self.paused = False
         elif path == "/collective_rpc":
+            self.on_status()
             return (
                 (500, {"error": "no workers"}) if self.statuses is None else (200, {"results": self.statuses})
             )
@@ -148,6 +152,21 @@ def test_a_pause_that_takes_too_long_is_taken_back(vllm: Vllm, weights: str, res
     ):
         pytest.fail("the update began though the server was not paused")
     assert vllm.paused is not resumed
+
+
+@pytest.mark.parametrize("during", ["update", "resume"])
+def test_a_rank_that_is_told_to_end_resumes_first(vllm: Vllm, during: str) -> None:
+    """Launchers end the others as soon as one rank has failed."""
+    vllm.statuses = [status("committed")]
+    before = signal.getsignal(signal.SIGTERM)
+    if during == "resume":
+        vllm.on_status = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(SystemExit), VllmServer(endpoint=vllm.url, pause=PauseMode.KEEP).paused(SECONDS):
+        if during == "resume":
+            raise ValueError("the update failed")
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert vllm.posts == ["/pause", "ckpt_engine_status", "/resume"]
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_server_that_is_gone_hides_no_failure() -> None:
