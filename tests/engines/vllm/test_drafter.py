@@ -76,6 +76,25 @@ def test_vllms_own_routes_refuse_an_engine_with_a_drafter(
     assert _all_of(offline) == before
 
 
+def test_vllms_own_routes_update_an_engine_that_speculates_by_n_grams(
+    offline: OfflineEngine, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """It has the main model's config as its drafter's."""
+    paths = {version: checkpoints("qwen3", version) for version in "ab"}
+    expected = offline.from_disk(paths["b"])
+    # In a process of its own: after n-grams vLLM 0.32 cannot start another engine in the same one.
+    engine = OfflineEngine(tmp_path / "log.txt")
+    try:
+        engine.start(paths["a"], **_speculating("ngram", prompt_lookup_max=2), **NATIVE)
+        before = engine.answers()
+        assert _natively(engine, paths["b"])["outcome"] == "committed"
+        assert engine.rpc("test_digests") == expected.digests
+        update_from(engine, paths["a"])
+        assert engine.answers() == before
+    finally:
+        engine.close()
+
+
 def _all_of(offline: OfflineEngine) -> list[Any]:
     """What the engine answers, which its drafter may not change, and what both hold."""
     return [
