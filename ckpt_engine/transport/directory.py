@@ -30,7 +30,8 @@ class _Entry(Generic[W]):
 
 @dataclass(kw_only=True)
 class _Book(Generic[W]):
-    """Of one checkpoint. `coming`: who is to announce itself next, and until when it is waited for."""
+    """Of one checkpoint, as long as anybody is known who has sought it. `coming`: who is to announce itself next,
+    and until when it is waited for."""
 
     entries: list[_Entry[W]] = field(default_factory=list)
     waiting: deque[tuple[W, Seek]] = field(default_factory=deque)
@@ -71,7 +72,7 @@ class Directory(Generic[W]):
         book.entries = [entry for entry in book.entries if entry.who != who]
         book.waiting = deque(one for one in book.waiting if one[0] != who)
         self._came(book, who)
-        if not (book.entries or book.waiting or book.coming):
+        if checkpoint not in self._checkpoints.values():  # others may still announce themselves, or go
             self._books.pop(checkpoint, None)
 
     def look_at_the_clock(self) -> None:

@@ -53,6 +53,21 @@ def test_whoever_only_reads_holds_nobody_up() -> None:
     assert set(asked.told) == {"a", "b"}
 
 
+def test_those_who_only_read_go_in_any_order_and_one_stays_to_announce() -> None:
+    """The first that goes leaves nothing in the book: the others are known all the same."""
+    asked = Asked()
+    for who in "abc":
+        asked.seek(who, announces=False)
+    asked.directory.forget("a")
+    asked.announce("b")
+    asked.directory.forget("c")
+    asked.seek("d")
+    assert asked.told["d"] == Found(1, ((b"b",),))
+    for who in "bd":
+        asked.directory.forget(who)
+    assert not asked.directory._books
+
+
 def test_another_checkpoint_is_another_queue() -> None:
     asked = Asked()
     asked.seek("a")
