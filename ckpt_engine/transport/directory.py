@@ -30,8 +30,8 @@ class _Entry(Generic[W]):
 
 @dataclass(kw_only=True)
 class _Book(Generic[W]):
-    """Of one checkpoint, as long as anybody is known who has sought it. `coming`: who is to announce itself next,
-    and until when it is waited for."""
+    """Of one checkpoint, as long as anybody is known who has sought it. `coming`: who is to announce itself
+    next, and until when it is waited for."""
 
     entries: list[_Entry[W]] = field(default_factory=list)
     waiting: deque[tuple[W, Seek]] = field(default_factory=deque)
