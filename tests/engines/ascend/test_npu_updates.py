@@ -58,7 +58,7 @@ WORLDS: dict[str, dict[str, str]] = {
     "stateless": {
         "FAKE_NPU_SMI_SCENARIO": "a2_privileged_hostpid",
         "CKPT_ENGINE_CUSTOM_DIST": "vllm_hccl",
-        "HCCL_EXEC_TIMEOUT": "10",  # more than a broadcast takes on a loaded machine
+        "HCCL_EXEC_TIMEOUT": "30",  # more than a broadcast takes on a loaded machine
         "TEST_EXTENSION": "vllm",
     },
     # One NPU for both: gloo through host memory; keys by environment.
