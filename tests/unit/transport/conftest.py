@@ -11,6 +11,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fleet_for_transport_tests import Fleet, RankProcess, fleet_of
+from leases_for_transport_tests import EPOCH, NAME, SESSION, release_all
+
+from ckpt_engine.transport.lease_server import LeaseServer
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -45,3 +48,19 @@ def rank_processes() -> Iterator[Callable[[int], list[RankProcess]]]:
     yield take
     for process in started:
         process.end()
+
+
+@pytest.fixture
+def server() -> Iterator[LeaseServer]:
+    """An owner's, of one published share."""
+    made = LeaseServer("127.0.0.1", 0, SESSION, max_readers=2)
+    made.publish(NAME, EPOCH)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def releases_leases() -> Iterator[None]:
+    """At the end, those that `take` took."""
+    yield
+    release_all()

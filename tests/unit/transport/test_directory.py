@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from leases_for_transport_tests import EPOCH, LIMIT, NAME, SESSION
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import P2PError
@@ -15,9 +15,6 @@ from ckpt_engine.transport.directory import Directory
 from ckpt_engine.transport.lease_messages import LEASE_PROTOCOL, MAX_GROUPS, Announce, Found, Seek
 from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.leases import Announcement
-
-SESSION, NAME, EPOCH = "d7" * 16, "step-100", "e1"
-LIMIT = 60.0
 
 
 class Asked:
@@ -128,14 +125,6 @@ def test_who_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
     asked.directory.look_at_the_clock()
     asked.seek("c")
     assert asked.told["c"] == Found(1, ((b"a",),))
-
-
-@pytest.fixture
-def server() -> Iterator[LeaseServer]:
-    made = LeaseServer("127.0.0.1", 0, SESSION)
-    made.publish(NAME, EPOCH)
-    yield made
-    made.close()
 
 
 def seek(server: LeaseServer, session: str = SESSION, epoch: str = EPOCH) -> tuple[Announcement, Found]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +15,6 @@ from leases_for_transport_tests import (
     asked,
     process,
     reading_process,
-    release_all,
     take,
     thread_count,
     until,
@@ -30,19 +28,7 @@ from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.leases import Lease
 from tests.support.stopped import wait_until_stopped
 
-
-@pytest.fixture
-def server() -> Iterator[LeaseServer]:
-    made = LeaseServer("127.0.0.1", 0, SESSION, max_readers=2)
-    made.publish(NAME, EPOCH)
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def release() -> Iterator[None]:
-    yield
-    release_all()
+pytestmark = pytest.mark.usefixtures("releases_leases")
 
 
 # Granting

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import socket
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -14,7 +13,6 @@ from leases_for_transport_tests import (
     LIMIT,
     NAME,
     SESSION,
-    release_all,
     take,
     until,
 )
@@ -26,19 +24,7 @@ from ckpt_engine.transport import lease_server
 from ckpt_engine.transport.framing import LENGTH, FrameBuffer
 from ckpt_engine.transport.lease_server import LeaseServer
 
-
-@pytest.fixture
-def server() -> Iterator[LeaseServer]:
-    made = LeaseServer("127.0.0.1", 0, SESSION, max_readers=2)
-    made.publish(NAME, EPOCH)
-    yield made
-    made.close()
-
-
-@pytest.fixture(autouse=True)
-def release() -> Iterator[None]:
-    yield
-    release_all()
+pytestmark = pytest.mark.usefixtures("releases_leases")
 
 
 # Addresses
