@@ -35,7 +35,7 @@ from ckpt_engine.transport import control_messages as messages
 from ckpt_engine.transport.bootstrap import MeetingPoint
 from ckpt_engine.transport.control_messages import Verdict
 from ckpt_engine.transport.control_server import BEAT_SECONDS, ControlServer
-from ckpt_engine.transport.framing import FrameBuffer
+from ckpt_engine.transport.framing import FrameBuffer, receive
 
 __all__ = ["Control", "Round", "Verdict", "error_of"]
 
@@ -106,8 +106,8 @@ class Control:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             join = messages.Join(messages.CONTROL_PROTOCOL, where["token"], self.rank, os.getpid())
             sock.sendall(messages.encode_frame(join))
-            head = sock.recv(len(messages.encode_frame(messages.Welcome())), socket.MSG_WAITALL)
-            if head != messages.encode_frame(messages.Welcome()):
+            welcome = messages.encode_frame(messages.Welcome())
+            if receive(sock, len(welcome)) != welcome:
                 raise ConnectionError(
                     "the control server refused this rank: another process has its number, or is of another "
                     "version of ckpt-engine"

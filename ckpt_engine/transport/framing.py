@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from typing import TypeVar
 
@@ -58,3 +59,12 @@ class FrameBuffer:
         body = bytes(self._data[LENGTH.size : LENGTH.size + nbytes])
         del self._data[: LENGTH.size + nbytes]
         return body
+
+
+def receive(sock: socket.socket, nbytes: int) -> bytes:
+    """The next `nbytes` bytes of a stream; fewer only where it ends. (MSG_WAITALL does not wait for all where
+    the socket has a timeout.)"""
+    received = bytearray()
+    while len(received) < nbytes and (part := sock.recv(nbytes - len(received))):
+        received += part
+    return bytes(received)

@@ -23,6 +23,7 @@ from typing import Any
 
 from ckpt_engine.errors import P2PError, P2PUnavailable
 from ckpt_engine.settings import Settings
+from ckpt_engine.transport.framing import receive
 from ckpt_engine.transport.mooncake_environment import prepare_environment, wanted_transport
 from ckpt_engine.transport.p2p import Piece
 from ckpt_engine.transport.verbs import list_devices
@@ -221,10 +222,10 @@ def describe(host_ip: str, port: int) -> dict[str, Any]:
     body = bytes([_METADATA_REQUEST]) + b"{}"
     with socket.create_connection((host_ip, port), timeout=DESCRIBE_SECONDS) as sock:
         sock.sendall(struct.pack("<Q", len(body)) + body)
-        (nbytes,) = struct.unpack("<Q", _receive(sock, 8))
+        (nbytes,) = struct.unpack("<Q", _all_of(sock, 8))
         if not 1 < nbytes <= 1 << 20:
             raise ValueError(f"an answer of {nbytes} bytes")
-        answer = _receive(sock, nbytes)
+        answer = _all_of(sock, nbytes)
     found = json.loads(answer[1:])
     if not isinstance(found, dict):
         raise ValueError("no description")
@@ -256,12 +257,8 @@ def _stderr() -> Iterator[list[str]]:
         os.close(kept)
 
 
-def _receive(sock: socket.socket, nbytes: int) -> bytes:
-    """Just so many bytes: MSG_WAITALL does not wait where the socket has a timeout."""
-    received = bytearray()
-    while len(received) < nbytes:
-        part = sock.recv(nbytes - len(received))
-        if not part:
-            raise ConnectionError(f"the answer ends after {len(received)} of {nbytes} bytes")
-        received += part
-    return bytes(received)
+def _all_of(sock: socket.socket, nbytes: int) -> bytes:
+    received = receive(sock, nbytes)
+    if len(received) < nbytes:
+        raise ConnectionError(f"the answer ends after {len(received)} of {nbytes} bytes")
+    return received
