@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,6 +21,7 @@ from ckpt_engine.cli import format_nbytes
 from ckpt_engine.cli.files import check_can_be_written, write
 from ckpt_engine.cli.join import fleets_of
 from ckpt_engine.errors import ConfigError
+from ckpt_engine.termination import ends_in_order
 
 if TYPE_CHECKING:
     from ckpt_engine.checkpoint import FileSelection
@@ -249,21 +249,9 @@ def push(
             write(report_file, json.dumps(document, indent=2).encode() + b"\n")
         if sleep_time:
             stages.say(f"staying for {sleep_time:g} s")
-            _stay(sleep_time)
+            with ends_in_order():  # nothing is left behind
+                time.sleep(sleep_time)
         return report
-
-
-def _stay(seconds: float) -> None:
-    """SIGTERM, which is how a launcher ends its ranks, ends it as well: nothing is left behind."""
-
-    def end(signum: int, frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        time.sleep(seconds)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -7,10 +7,8 @@ as /v1: whoever reaches the port can use the others, so let nobody else reach it
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,6 +22,7 @@ from ckpt_engine.server.engine_client import (
     wait_until_healthy,
     worker_time_limit,
 )
+from ckpt_engine.termination import ends_in_order
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +178,7 @@ class VllmServer:
         if self.pause is PauseMode.NONE:
             yield
             return
-        with _ends_in_order() as first_this:
+        with ends_in_order() as first_this:
             try:
                 # vLLM takes no more requests from here on, also where the wait for those in flight fails.
                 self._post(f"/pause?mode={self.pause.value}", timeout)
@@ -221,36 +220,3 @@ class VllmServer:
 
     def _post(self, path: str, timeout: float, body: Mapping[str, object] | None = None) -> object:
         return post_to_engine(f"{self._base}{path}", timeout, self.uds, body=body, api_key=self.api_key)
-
-
-@contextmanager
-def _ends_in_order() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """SIGTERM raises SystemExit meanwhile, but only after what is in the context that is given out: launchers
-    end the other ranks as soon as one has failed. In other threads than the main one nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield nullcontext
-        return
-    held, told = False, False
-
-    def end(signum: int, frame: object) -> None:
-        nonlocal told
-        told = True
-        if not held:
-            raise SystemExit(128 + signum)
-
-    @contextmanager
-    def first_this() -> Iterator[None]:
-        nonlocal held
-        held = True
-        try:
-            yield
-        finally:
-            held = False
-            if told:
-                raise SystemExit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield first_this
-    finally:
-        signal.signal(signal.SIGTERM, before)
