@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 from typing import Any
 
 import torch
+from ckpt_engine_vllm.refusals import asleep, weights_of
 
 from ckpt_engine.errors import ConfigError
 from ckpt_engine_ascend.reload import has_layerwise_reload
@@ -75,16 +75,10 @@ def _refuse_disposed(model: torch.nn.Module) -> None:
 def refuse_asleep(worker: Any) -> None:  # noqa: ANN401 - vllm-ascend's NPUWorker
     """Raises ConfigError where the memory of the weights has been given back (vLLM's sleep): a write to it
     would end the worker. vllm-ascend's allocator does not say so; what it keeps until then does."""
-    # What was not imported has nothing asleep.
-    module = sys.modules.get("vllm_ascend.device_allocator.camem")
-    allocator = getattr(getattr(module, "CaMemAllocator", None), "instance", None)
-    held = getattr(allocator, "pointer_to_data", {}).values()
-    offloaded = any(data.tag == "weights" and data.cpu_backup_tensor is not None for data in held)
+    held = weights_of("vllm_ascend.device_allocator.camem", "CaMemAllocator")
+    offloaded = any(data.cpu_backup_tensor is not None for data in held)
     if offloaded or getattr(worker, "_sleep_saved_buffers", None):
-        raise ConfigError(
-            "the engine's weights are asleep: wake them up first (POST /wake_up?tags=weights), and its KV "
-            "cache after the update (tags=kv_cache)"
-        )
+        raise asleep()
 
 
 def nz_mode() -> int:

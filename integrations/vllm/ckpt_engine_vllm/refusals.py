@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,12 +44,20 @@ def refuse_unsupported(vllm_config: Any) -> None:  # noqa: ANN401 - vLLM's VllmC
 def refuse_asleep() -> None:
     """Raises ConfigError where the memory of the weights has been given back (vLLM's sleep): a write to it
     would end the worker."""
-    for name, kind in _ALLOCATORS.items():
-        # What was not imported has nothing asleep.
-        allocator = getattr(getattr(sys.modules.get(name), kind, None), "instance", None)
-        for data in getattr(allocator, "pointer_to_data", {}).values():
-            if data.tag == "weights" and getattr(data, "is_asleep", False):
-                raise ConfigError(
-                    "the engine's weights are asleep: wake them up first (POST /wake_up?tags=weights), and "
-                    "its KV cache after the update (tags=kv_cache)"
-                )
+    held = (data for name, kind in _ALLOCATORS.items() for data in weights_of(name, kind))
+    if any(getattr(data, "is_asleep", False) for data in held):
+        raise asleep()
+
+
+def weights_of(module: str, allocator: str) -> Iterator[Any]:
+    """What an allocator that can sleep knows of each piece of the weights' memory."""
+    # What was not imported has nothing asleep.
+    found = getattr(getattr(sys.modules.get(module), allocator, None), "instance", None)
+    return (data for data in getattr(found, "pointer_to_data", {}).values() if data.tag == "weights")
+
+
+def asleep() -> ConfigError:
+    return ConfigError(
+        "the engine's weights are asleep: wake them up first (POST /wake_up?tags=weights), and its KV cache "
+        "after the update (tags=kv_cache)"
+    )
