@@ -16,18 +16,15 @@ import argparse
 import json
 import multiprocessing
 import os
-import socket
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 import zmq
 
+from benchmarks.fleet import Lines, run_ranks
 from ckpt_engine import ParameterServer
 from ckpt_engine.ipc.receiver import serve_update
 
@@ -35,13 +32,12 @@ RANKS_OF_A_HOST = 8
 ELEMENTS = 512
 
 
-def serve(rank: int, world_size: int, port: int, rounds: int, out: str) -> None:
-    """One rank: writes its figures to `{out}/{rank}.json`."""
-    torch.set_num_threads(1)
+def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
+    """One rank's part; a line for each update."""
+    world_size = arguments.ranks
     host = f"host{rank // RANKS_OF_A_HOST}"
     os.environ |= {
         "CKPT_ENGINE_HOST_ID": host,
-        "CKPT_ENGINE_SOCKET_DIR": f"{out}/{host}",
         "CKPT_ENGINE_P2P": "off",
         "GLOO_SOCKET_IFNAME": "lo",
     }
@@ -57,7 +53,7 @@ def serve(rank: int, world_size: int, port: int, rounds: int, out: str) -> None:
         if status["outcome"] != "committed":
             raise RuntimeError(status["error"])
 
-    lines: list[dict[str, Any]] = []
+    lines: Lines = []
     with ParameterServer(
         rank=rank,
         world_size=world_size,
@@ -69,7 +65,7 @@ def serve(rank: int, world_size: int, port: int, rounds: int, out: str) -> None:
         holders = {0, world_size - 1}
         share = {f"layers.{rank:02d}.weight": torch.full((ELEMENTS,), float(rank))} if rank in holders else {}
         ps.register_checkpoint("benchmark", named_tensors=share)
-        for _ in range(rounds + 1):
+        for _ in range(arguments.rounds + 1):
             received.clear()
             cpu, begin = time.process_time(), time.perf_counter()
             ps.gather_metas("benchmark")
@@ -85,27 +81,15 @@ def serve(rank: int, world_size: int, port: int, rounds: int, out: str) -> None:
             )
             if set(received.values()) != holders:
                 raise RuntimeError(f"rank {rank}'s worker got {received}")
-    Path(out, f"{rank}.json").write_text(json.dumps(lines))
+    return lines
 
 
 def measure(world_size: int, rounds: int) -> dict[str, Any]:
     """The line for this many ranks. Raises SystemExit: a rank failed."""
     # Forked from one process that has torch already: 64 imports of it would take minutes, and 20 GB.
     processes = multiprocessing.get_context("forkserver")
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port = int(sock.getsockname()[1])
-    with tempfile.TemporaryDirectory() as out:
-        ranks = [
-            processes.Process(target=serve, args=(rank, world_size, port, rounds, out))
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-        if any(process.exitcode for process in ranks):
-            sys.exit(1)
-        warm = [json.loads(Path(out, f"{rank}.json").read_text())[1:] for rank in range(world_size)]
+    arguments = argparse.Namespace(ranks=world_size, rounds=rounds, device="cpu")
+    warm = [lines[1:] for lines in run_ranks(serve, arguments, processes)]
     of_rank_0 = warm[0]
     cpu = [statistics.median(line["cpu_seconds"] for line in lines) for lines in warm]
     return {
@@ -128,7 +112,7 @@ def _median(values: Iterable[float]) -> float:
     return round(statistics.median(values), 5)
 
 
-def plot(lines: list[dict[str, Any]], path: str) -> None:
+def plot(lines: Lines, path: str) -> None:
     """Milliseconds of an update with its gather, by the number of ranks, as a picture."""
     import matplotlib
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -167,9 +168,13 @@ def parameter_server(rank: int, ranks: int, kind: str, port: int) -> ParameterSe
 
 
 def run_ranks(
-    serve: Callable[[int, argparse.Namespace, int], Lines], arguments: argparse.Namespace
+    serve: Callable[[int, argparse.Namespace, int], Lines],
+    arguments: argparse.Namespace,
+    processes: BaseContext = _SPAWN,
 ) -> list[Lines]:
     """Runs `serve(rank, arguments, port)` in a process for each of `arguments.ranks`; what each returned.
+
+    `processes`: how they are made.
 
     Raises:
         SystemExit: a rank failed.
@@ -178,7 +183,7 @@ def run_ranks(
         port = int(sock.getsockname()[1])
     with tempfile.TemporaryDirectory() as out:
         ranks = [
-            _SPAWN.Process(target=_run_rank, args=(serve, rank, arguments, port, out))
+            processes.Process(target=_run_rank, args=(serve, rank, arguments, port, out))  # type: ignore[attr-defined]
             for rank in range(arguments.ranks)
         ]
         for process in ranks:
