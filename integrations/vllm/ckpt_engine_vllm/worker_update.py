@@ -24,7 +24,7 @@ from ckpt_engine_vllm.parts import Part, parts_of, refuse_to_write_the_mains
 from ckpt_engine_vllm.refusals import refuse_asleep, refuse_old_vllm, refuse_unsupported
 from ckpt_engine_vllm.rehearsal import rehearse
 from ckpt_engine_vllm.reload import Moved, Reload
-from ckpt_engine_vllm.tying import Tying, heads_of
+from ckpt_engine_vllm.tying import Head, Tying, heads_of
 
 
 class WorkerState:
@@ -169,14 +169,14 @@ class WorkerUpdate:
         for part in parts:
             moe.refuse_unknown_packing(part.model)
             quantisation.refuse_unproven(part.model, part.config.quantization)
+        heads = heads_of(parts)
         key = (rules, tuple(tensors))
         if self._state.rehearsed is None or self._state.rehearsed[0] != key:
-            self._state.rehearsed = (key, _rehearse_all(parts, tensors, rules, self._rehearse))
+            self._state.rehearsed = (key, _rehearse_all(parts, tensors, rules, heads, self._rehearse))
         recordings = self._state.rehearsed[1]
         for part in parts:
             quantisation.refuse_baked_scales(part.model, config, recordings[part.name].modules)
         self._parts = [(part, self._reload(part, recordings[part.name])) for part in parts]
-        heads = heads_of(parts)
         for part, reload in self._parts:
             if part.name in heads:
                 reload.tying = Tying(heads[part.name], recordings[part.name], config)
@@ -215,6 +215,7 @@ def _rehearse_all(
     parts: Sequence[Part],
     tensors: Sequence[TensorLayout],
     rules: Rules,
+    heads: Mapping[str, Head],
     rehearse_one: Callable[[Part, Sequence[TensorLayout]], Recording],
 ) -> dict[str, Recording]:
     """What each model would do. Raises WeightsMismatch unless together they take all, and get all."""
@@ -227,7 +228,6 @@ def _rehearse_all(
     }
     check_names(tensors, read, rules)
     filled: set[int] = set()
-    heads = heads_of(parts)
     for part in parts:
         recording = recordings[part.name]
         refuse_to_write_the_mains(part, parts[0], recording)
