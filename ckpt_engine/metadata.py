@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 
@@ -162,14 +161,12 @@ def metas_from_json(text: bytes | str) -> Metas:
 def fleets_from_json(text: bytes | str) -> list[Metas]:
     """One fleet's metas, or an array of several fleets'. Raises as `metas_from_json`."""
     try:
-        several = json.loads(text)
-    except ValueError as error:
-        raise CheckpointFormatError(f"not a metas document: {error}") from None
-    if not isinstance(several, list):
+        several = msgspec.json.decode(text, type=list[msgspec.Raw])
+    except (msgspec.DecodeError, UnicodeError, RecursionError):  # no array, or worse: that is told of one
         return [metas_from_json(text)]
     if not several:
         raise CheckpointFormatError("not a metas document: an array without a fleet")
-    return [metas_from_json(json.dumps(fleet)) for fleet in several]
+    return [metas_from_json(bytes(fleet)) for fleet in several]
 
 
 _JSON = msgspec.json.Encoder()

@@ -294,14 +294,13 @@ class LeaseServer:
             self._drop(connection)
             return
         del connection.out[:sent]
-        if connection.out and not isinstance(
-            connection.ask, messages.Seek
-        ):  # it does not read what it is told
-            self._drop(connection)
+        if connection.out and not isinstance(connection.ask, messages.Seek):
+            self._drop(connection)  # it does not read what it is told
             return
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if connection.out else 0)
-        if self._selector.get_key(connection.sock).events != wanted:
-            self._selector.modify(connection.sock, wanted, self._selector.get_key(connection.sock).data)
+        key = self._selector.get_key(connection.sock)
+        if key.events != wanted:
+            self._selector.modify(connection.sock, wanted, key.data)
 
     def _drop(self, connection: _Connection) -> None:
         if connection in self._connections:

@@ -192,7 +192,6 @@ class Announcement(_ToOwner):
         *,
         announces: bool,
         waits: bool = True,
-        poll: Callable[[], object] = _nothing,
     ) -> tuple[Announcement, messages.Found]:
         """Asks who else holds it.
 
@@ -205,7 +204,7 @@ class Announcement(_ToOwner):
         """
         made = cls(*cls._connect(address, deadline), messages.MAX_FOUND_NBYTES)
         asked = messages.Seek(messages.LEASE_PROTOCOL, session, checkpoint, epoch, announces, waits)
-        answer = made._open(asked, deadline, "has not said who else holds it", poll)
+        answer = made._open(asked, deadline, "has not said who else holds it", _nothing)
         if not isinstance(answer, messages.Found):
             made.release()
             raise P2PError(f"{made._who} answers {answer} where it should say who else holds it")
