@@ -27,6 +27,7 @@ import zmq
 
 from ckpt_engine.devices import cpu_uuid, map_ring
 from ckpt_engine.ipc import messages, receiver
+from ckpt_engine.ipc.connection import ServerConnection
 from ckpt_engine.settings import load_settings
 from tests.support.worker import digest
 
@@ -54,9 +55,9 @@ class SteeredWorkerProcess:
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.listener.bind(path)
         self.listener.listen()
-        real_send, real_map = receiver._Connection.send, map_ring
+        real_send, real_map = ServerConnection.send, map_ring
 
-        def send(connection: receiver._Connection, message: messages.WorkerMessage) -> None:
+        def send(connection: ServerConnection, message: messages.WorkerMessage) -> None:
             real_send(connection, message)
             if isinstance(message, messages.Hello):
                 self.at("hello")
@@ -65,7 +66,7 @@ class SteeredWorkerProcess:
             self.at("map")
             return real_map(*arguments)
 
-        receiver._Connection.send = send  # type: ignore[method-assign, assignment]
+        ServerConnection.send = send  # type: ignore[method-assign, assignment]
         receiver.map_ring = mapped  # type: ignore[attr-defined, assignment]
 
     def at(self, place: str, bucket: int | None = None) -> None:
