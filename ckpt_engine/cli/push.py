@@ -230,7 +230,7 @@ def push(
 
     with _p2p_unless_set("auto" if save_metas_file is not None else weights.p2p):
         ps = ParameterServer()
-    with ps:
+    with ends_in_order(), ps:  # from here on, nothing is left behind by a rank that its launcher ends
         leads = ps.rank == 0
         group = inference_group(
             ps.rank, ps.world_size, size=inference_parallel_size, endpoints=endpoints, uds=uds
@@ -249,8 +249,7 @@ def push(
             write(report_file, json.dumps(document, indent=2).encode() + b"\n")
         if sleep_time:
             stages.say(f"staying for {sleep_time:g} s")
-            with ends_in_order():  # nothing is left behind
-                time.sleep(sleep_time)
+            time.sleep(sleep_time)
         return report
 
 
