@@ -39,7 +39,7 @@ from ckpt_engine.planning.reads import choose_receivers
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.settings import load_settings
 from ckpt_engine.timeline.recorder import NO_RECORDER
-from ckpt_engine.transport.leases import Lease
+from ckpt_engine.transport.leases import Lease, Share
 from ckpt_engine.update.inflow import staging_shape
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.p2p_reader import P2PReader
@@ -118,9 +118,7 @@ class Receiver:
             items,
             self._sources,
             self._reading,
-            lambda held, _: Lease.take(
-                held.lease_address or "", held.session, NAME, held.epoch, Deadline.after(60), reader=token
-            ),
+            lambda held, _: Lease.take(Share.of(held), Deadline.after(60), reader=token),
             landing=lambda: self._reading.staging(nbytes, count),
             read_timeout=120,
             recorder=NO_RECORDER,

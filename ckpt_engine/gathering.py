@@ -11,10 +11,10 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ckpt_engine.errors import ProtocolError
-from ckpt_engine.metadata import HostBufferMeta, Metas, RankMetas
+from ckpt_engine.metadata import Layout, Metas, RankMetas, layout_from_json, layout_to_json
 
 KEPT = 2
 """Of how many gathers, the latest, the layouts are kept: trainers fill one arena while another is sent."""
@@ -22,9 +22,6 @@ KEPT = 2
 Meet = Callable[[str, Callable[[], bytes]], Mapping[int, bytes]]
 """Meets the others for a purpose (empty: the gather itself), and returns what each brought, by rank. What it
 brings itself is made once it has come: if that fails, the others get to know."""
-
-_Layout = tuple[HostBufferMeta, ...]
-_LAYOUT: TypeAdapter[_Layout] = TypeAdapter(_Layout)
 
 
 class _Card(BaseModel):
@@ -49,7 +46,7 @@ class Gathering:
     """One rank's gathers. `layouts_sent`: in how many of them layouts had to travel."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, dict[str, _Layout]] = {}
+        self._kept: dict[str, dict[str, Layout]] = {}
         self._text, self._layout, self._epoch = b"", "", ""
         self.layouts_sent = 0
 
@@ -81,14 +78,14 @@ class Gathering:
 
     def _card_of(self, mine: RankMetas) -> _Card:
         if not mine.epoch or mine.epoch != self._epoch:  # else it is the share of last time
-            self._text = _LAYOUT.dump_json(mine.buffers)
+            self._text = layout_to_json(mine.buffers)
             self._layout, self._epoch = _digest(self._text), mine.epoch
         held = mine.model_copy(update={"buffers": ()})
         return _Card(held=held, layout=self._layout, known=tuple(self._kept))
 
-    def _layouts_of(self, cards: Mapping[int, _Card], answers: Mapping[int, bytes]) -> dict[str, _Layout]:
+    def _layouts_of(self, cards: Mapping[int, _Card], answers: Mapping[int, bytes]) -> dict[str, Layout]:
         known = {digest: layout for kept in self._kept.values() for digest, layout in kept.items()}
-        layouts: dict[str, _Layout] = {}
+        layouts: dict[str, Layout] = {}
         for rank, answer in answers.items():
             digest = cards[rank].layout
             if digest not in layouts:
@@ -113,11 +110,11 @@ def _cards(answers: Mapping[int, bytes]) -> dict[int, _Card]:
     return cards
 
 
-def _layout_of(rank: int, digest: str, answer: bytes) -> _Layout:
+def _layout_of(rank: int, digest: str, answer: bytes) -> Layout:
     if _digest(answer) != digest:
         raise ProtocolError(f"rank {rank} announced another layout than the one that it sent")
     try:
-        return _LAYOUT.validate_json(answer)
+        return layout_from_json(answer)
     except ValidationError as error:
         raise ProtocolError(f"rank {rank} sent what is no layout: {error}") from None
 

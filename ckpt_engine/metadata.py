@@ -131,6 +131,27 @@ class RankMetas(_Model):
         return buffer.origin or self.epoch
 
 
+Layout = tuple[HostBufferMeta, ...]
+"""A share's host buffers: addresses, names, dtypes, shapes; all but its epoch."""
+
+_LAYOUT: TypeAdapter[Layout] = TypeAdapter(Layout)
+
+
+def layout_to_json(layout: Layout) -> bytes:
+    """A layout as UTF-8 JSON."""
+    return _LAYOUT.dump_json(layout)
+
+
+def layout_from_json(text: bytes) -> Layout:
+    """The inverse of `layout_to_json`. Raises pydantic's ValidationError."""
+    return _LAYOUT.validate_json(text)
+
+
+def layout_digest(layout: Layout) -> str:
+    """SHA-256 (hex) of a layout."""
+    return hashlib.sha256(layout_to_json(layout)).hexdigest()
+
+
 Metas = dict[int, RankMetas]
 """rank -> what it holds."""
 

@@ -25,7 +25,7 @@ import msgspec
 from ckpt_engine.errors import P2PError
 from ckpt_engine.transport.framing import Message, decode, encode
 
-LEASE_PROTOCOL = 2
+LEASE_PROTOCOL = 3
 MAX_NBYTES = 16 * 1024
 """Largest message, either way, but of a directory."""
 MAX_METAS_NBYTES = 64 * 1024 * 1024
@@ -41,12 +41,13 @@ ALL = -1
 
 
 class Opening(Message, frozen=True):
-    """What a connection begins with: whose share it is about."""
+    """What a connection begins with: whose share it is about. `layout`: the digest of its host buffers."""
 
     protocol: int
     session: str
     checkpoint: str
     epoch: str
+    layout: str
 
 
 class Ask(Opening, frozen=True):

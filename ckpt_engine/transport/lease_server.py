@@ -4,7 +4,7 @@ It serves them on a TCP port, in a thread of its own. At most `max_readers` read
 in the order in which they came; leases of one reader count once.
 
     server = LeaseServer("10.0.0.1", 0, session, max_readers=4)
-    server.publish("step-100", epoch)
+    server.publish("step-100", epoch, lambda: layout_digest(buffers))
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ConfigError, ProtocolError
@@ -56,6 +58,18 @@ class _Connection:
         return f"{self.ask.reader} ({self.peer})" if isinstance(self.ask, messages.Ask) else self.peer
 
 
+@dataclass(kw_only=True)
+class _Published:
+    """A share. The digest of its layout is only made when somebody asks."""
+
+    epoch: str
+    layout_of: Callable[[], str]
+
+    @cached_property
+    def layout(self) -> str:
+        return self.layout_of()
+
+
 class LeaseServer:
     """Grants leases, from a thread of its own, until it is closed.
 
@@ -72,7 +86,7 @@ class LeaseServer:
     def __init__(self, host_ip: str, port: int, session: str, *, max_readers: int = 4) -> None:
         self._session = session.encode()
         self._max_readers = max_readers
-        self._published: dict[str, str] = {}
+        self._published: dict[str, _Published] = {}
         self._present: dict[str, int] = {}
         self._directory: Directory[_Connection] = Directory(self._say)
         self._connections: list[_Connection] = []
@@ -96,17 +110,21 @@ class LeaseServer:
 
     # The owner's side
 
-    def publish(self, checkpoint: str, epoch: str, present: int = messages.ALL) -> None:
+    def publish(
+        self, checkpoint: str, epoch: str, layout_of: Callable[[], str], present: int = messages.ALL
+    ) -> None:
         """From now on leases on this share are granted; those on another epoch of it end.
 
         Args:
+            layout_of: the digest of its layout; called at most once, by the thread that serves.
             present: so many of its host buffers can be read by now, the first ones.
         """
         with self._changed:
             self._present[checkpoint] = present
-            if self._published.get(checkpoint) != epoch:
+            known = self._published.get(checkpoint)
+            if known is None or known.epoch != epoch:
                 self._end_leases(checkpoint)
-            self._published[checkpoint] = epoch
+                self._published[checkpoint] = _Published(epoch=epoch, layout_of=layout_of)
 
     def withdraw(self, checkpoint: str, deadline: Deadline) -> tuple[str, ...]:
         """Grants no more leases on a checkpoint, and waits for those that there are.
@@ -244,8 +262,13 @@ class LeaseServer:
             self._refuse(connection, "another process has taken the owner's place: its metas are out of date")
         elif ask.checkpoint not in self._published:
             self._refuse(connection, f"{ask.checkpoint!r} is not registered there any more")
-        elif ask.epoch != self._published[ask.checkpoint]:
+        elif ask.epoch != self._published[ask.checkpoint].epoch:
             self._refuse(connection, f"{ask.checkpoint!r} was registered anew: its metas are out of date")
+        elif ask.layout != self._published[ask.checkpoint].layout:
+            self._refuse(
+                connection,
+                f"{ask.checkpoint!r} lies there in another way than its metas tell: ask for them again",
+            )
         elif sum(one.ask is not None for one in self._connections) > MAX_LEASES:
             self._refuse(connection, f"it has given {MAX_LEASES} leases: ask again later")
         elif isinstance(ask, messages.Ask):

@@ -1,17 +1,18 @@
 """Leases on another rank's share of a checkpoint: its memory stays while this process reads it by P2P.
 
 A reader has one connection for each lease, whose end is the lease's. A lease names the owner's session
-(unguessable, from its metas), the checkpoint and its epoch: other memory than the metas tell of is never
-granted. A reader that is stopped, or cut off, does not renew its lease, and has lost it after LEASE_SECONDS.
+(unguessable, from its metas), the checkpoint, its epoch and the digest of its layout: other memory than the
+metas tell of is never granted. A reader that is stopped, or cut off, does not renew its lease, and has lost
+it after LEASE_SECONDS.
 
-    lease = Lease.take(address, session, "step-100", epoch, deadline, reader="update 7 of fleet b")
+    lease = Lease.take(Share.of(metas[0]), deadline, reader="update 7 of fleet b")
     lease.check()       # after a read: what it brought was read while the lease held
     lease.release()
 
 An owner's lease server (`lease_server`) is also a directory of those who hold the same weights:
 
-    announcement, found = Announcement.seek(address, session, "step-100", epoch, deadline, announces=True)
-    announcement.announce("update 7 of fleet b", metas)     # stands until it is released
+    announcement, found = Announcement.seek(Share.of(metas[0]), deadline, announces=True)
+    announcement.announce("update 7 of fleet b", text)      # stands until it is released
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import P2PError, ProtocolError
+from ckpt_engine.metadata import RankMetas, layout_digest
 from ckpt_engine.transport import lease_messages as messages
 from ckpt_engine.transport.framing import FrameBuffer
 from ckpt_engine.transport.lease_messages import LEASE_SECONDS, RENEW_SECONDS
@@ -37,6 +40,31 @@ CHECK_SECONDS = 10.0
 
 def _nothing() -> None:
     """No question while waiting."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Share:
+    """What a reader knows of an owner's share. `address`: of the lease server, `host:port`; `session`: the
+    owner's; `layout`: the digest of the share's host buffers (`metadata.layout_digest`)."""
+
+    address: str
+    session: str
+    checkpoint: str
+    epoch: str
+    layout: str
+
+    @classmethod
+    def of(cls, held: RankMetas) -> Share:
+        """By the owner's metas, all of them. Raises P2PError: it grants no leases."""
+        if held.lease_address is None:
+            raise P2PError(f"rank {held.rank} on host {held.host} grants no leases: it cannot be read by P2P")
+        return cls(
+            address=held.lease_address,
+            session=held.session,
+            checkpoint=held.checkpoint,
+            epoch=held.epoch,
+            layout=layout_digest(held.buffers),
+        )
 
 
 class _ToOwner:
@@ -142,10 +170,7 @@ class Lease(_ToOwner):
     @classmethod
     def take(
         cls,
-        address: str,
-        session: str,
-        checkpoint: str,
-        epoch: str,
+        share: Share,
         deadline: Deadline,
         *,
         reader: str = "",
@@ -154,15 +179,16 @@ class Lease(_ToOwner):
         """Waits until the owner grants it.
 
         Args:
-            address: the owner's lease server, `host:port`.
             reader: who reads; leases of the same reader count once.
             poll: called while waiting for others who read; what it raises ends the wait.
 
         Raises:
             P2PError: the owner is gone, refuses, or has not granted it at the deadline.
         """
-        lease = cls(*cls._connect(address, deadline))
-        asked = messages.Ask(messages.LEASE_PROTOCOL, session, checkpoint, epoch, reader)
+        lease = cls(*cls._connect(share.address, deadline))
+        asked = messages.Ask(
+            messages.LEASE_PROTOCOL, share.session, share.checkpoint, share.epoch, share.layout, reader
+        )
         answer = lease._open(asked, deadline, "has not granted a lease: others are reading", poll)
         if isinstance(answer, messages.Granted):
             lease.present = answer.present
@@ -184,10 +210,7 @@ class Announcement(_ToOwner):
     @classmethod
     def seek(
         cls,
-        address: str,
-        session: str,
-        checkpoint: str,
-        epoch: str,
+        share: Share,
         deadline: Deadline,
         *,
         announces: bool,
@@ -202,8 +225,16 @@ class Announcement(_ToOwner):
         Raises:
             P2PError: the owner is gone, refuses, or has not answered at the deadline.
         """
-        made = cls(*cls._connect(address, deadline), messages.MAX_FOUND_NBYTES)
-        asked = messages.Seek(messages.LEASE_PROTOCOL, session, checkpoint, epoch, announces, waits)
+        made = cls(*cls._connect(share.address, deadline), messages.MAX_FOUND_NBYTES)
+        asked = messages.Seek(
+            messages.LEASE_PROTOCOL,
+            share.session,
+            share.checkpoint,
+            share.epoch,
+            share.layout,
+            announces,
+            waits,
+        )
         answer = made._open(asked, deadline, "has not said who else holds it", _nothing)
         if not isinstance(answer, messages.Found):
             made.release()

@@ -25,7 +25,7 @@ from ckpt_engine.planning.plan import Assignment, PlannedBucket, UpdatePlan
 from ckpt_engine.planning.reads import choose_receivers
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.timeline.recorder import Recorder
-from ckpt_engine.transport.leases import Announcement, Lease
+from ckpt_engine.transport.leases import Announcement, Lease, Share
 from ckpt_engine.update.introduction import Meeting, ReadsByP2P
 from ckpt_engine.update.keeping import Keeping, KeptShare
 from ckpt_engine.update.p2p_reader import P2PReader
@@ -106,7 +106,7 @@ class Inflow:
         raise UpdateError(ErrorRecord(error_type="P2PError", message="; ".join(dict.fromkeys(problems))))
 
     def _take_all(self, sources: Sources, deadline: Deadline) -> None:
-        owners = [held for held in sources.planned.values() if held.tensor_count]
+        owners = [sources.by_number[number] for number, held in sources.planned.items() if held.tensor_count]
         try:
             for held in sorted(owners, key=lambda held: (held.session, held.rank)):
                 self._admissions.append(self._lease_of(held, deadline, self.token))
@@ -117,10 +117,7 @@ class Inflow:
     def _lease_of(
         self, held: RankMetas, deadline: Deadline, reader: str, poll: Callable[[], object] = lambda: None
     ) -> Lease:
-        assert held.lease_address is not None
-        return Lease.take(
-            held.lease_address, held.session, held.checkpoint, held.epoch, deadline, reader=reader, poll=poll
-        )
+        return Lease.take(Share.of(held), deadline, reader=reader, poll=poll)
 
     # Once the members have met
 

@@ -18,7 +18,7 @@ from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_jso
 from ckpt_engine.planning.fanout import OWNERS, fan_out
 from ckpt_engine.planning.sources import check_fleets
 from ckpt_engine.transport.lease_messages import Found
-from ckpt_engine.transport.leases import Announcement
+from ckpt_engine.transport.leases import Announcement, Share
 
 logger = logging.getLogger(__name__)
 
@@ -53,16 +53,8 @@ def seek(
     directory: RankMetas, deadline: Deadline, *, announces: bool, waits: bool = True
 ) -> tuple[Announcement, Found]:
     """As `Announcement.seek`."""
-    assert directory.lease_address is not None
-    return Announcement.seek(
-        directory.lease_address,
-        directory.session,
-        directory.checkpoint,
-        directory.epoch,
-        deadline.or_after(SEEK_SECONDS),
-        announces=announces,
-        waits=waits,
-    )
+    patience = deadline.or_after(SEEK_SECONDS)
+    return Announcement.seek(Share.of(directory), patience, announces=announces, waits=waits)
 
 
 def others_of(found: Found | None, senders: Senders) -> Others:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import CheckpointError
+from ckpt_engine.metadata import layout_digest
+from ckpt_engine.transport.lease_messages import ALL
 from ckpt_engine.transport.lease_server import LeaseServer
 from ckpt_engine.transport.p2p import P2PStore
 
@@ -55,8 +57,7 @@ class Serving:
 
     def promise(self, checkpoint: HostCheckpoint) -> None:
         """Others may take leases on it from now on, though nothing of it is there yet: see `came`."""
-        assert self._leases is not None
-        self._leases.publish(checkpoint.name, checkpoint.epoch, present=0)
+        self._publish(checkpoint, 0)
 
     def came(self, checkpoint_name: str, buffer_count: int) -> None:
         """So many host buffers of one that was promised are there, the first ones, in registered memory."""
@@ -65,9 +66,14 @@ class Serving:
 
     def offer(self, checkpoint: HostCheckpoint) -> None:
         """Others may read it from now on. Raises P2PError: its memory cannot be registered."""
-        assert self._leases is not None
         self.register(checkpoint)
-        self._leases.publish(checkpoint.name, checkpoint.epoch)
+        self._publish(checkpoint, ALL)
+
+    def _publish(self, checkpoint: HostCheckpoint, present: int) -> None:
+        assert self._leases is not None
+        self._leases.publish(
+            checkpoint.name, checkpoint.epoch, lambda: layout_digest(checkpoint.buffers), present
+        )
 
     def register(self, checkpoint: HostCheckpoint) -> None:
         """Its memory takes part, as long as it is there. Raises P2PError: it cannot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from tests.support.joins import (
 from tests.support.steered import Fleet
 
 SEED = 20271127
+LEASE_PORT = "21500"
 REPORT_SECONDS = 60.0
 """For a lost link: the deadlines of these tests, of the transport, and of a lease, one after the other."""
 NBYTES = 24 * 4 * (512 + 64 * 997)
@@ -172,19 +174,55 @@ def test_a_receiver_on_another_host_is_killed(launch: Launch) -> None:
     assert owners.ranks[0].answer(REPORT_SECONDS)["message"] == ""
 
 
-@pytest.mark.parametrize("what", ["stale", "wrong address"])
-def test_metas_that_are_not_true_any_more_touch_nothing(launch: Launch, what: str) -> None:
-    _, metas = owners_with(launch, 1, 1, 0, seed=SEED)
-    document = json.loads(metas)
-    if what == "stale":
-        document["0"]["session"] = "that of a process before it"
-    else:
-        document["0"]["lease_address"] = "10.77.0.200:1"
+def test_a_restarted_owner_is_refused_by_its_session_and_not_read(launch: Launch, network: Network) -> None:
+    """It has the address of the one before it, and other weights of the same name."""
+    owners, stale = owners_with(launch, 1, 1, 0, seed=SEED, CKPT_ENGINE_LEASE_PORT=LEASE_PORT)
+    owners.ranks[0].signal(signal.SIGKILL)
+    owners.ranks[0].wait()
+    _, metas = owners_with(launch, 1, 1, 0, seed=SEED + 1, CKPT_ENGINE_LEASE_PORT=LEASE_PORT)
+    before, after = (json.loads(text)["0"] for text in (stale, metas))
+    assert before["lease_address"] == after["lease_address"]
     joiners = launch(1, 1, 2)
-    load(joiners, json.dumps(document))
-    answer = joiners.ask("update", [0], name="a", ranks=[0])[0]
-    assert answer["record"]["error_type"] == "P2PError", answer
-    assert "rank 0" in answer["message"]
-    assert answer["touched"] is False
+    load(joiners, stale)
+    sent = network.sent_nbytes(0)
+    refused(joiners, "another process has taken the owner's place: its metas are out of date")
+    assert network.sent_nbytes(0) - sent < NBYTES / 50
+    load(joiners, metas)
+    in_place(joiners, SEED + 1)
+
+
+def test_wrong_metas_touch_nothing(launch: Launch, network: Network) -> None:
+    """Each is refused before a byte is read, but the last: only reading tells that nobody is there."""
+    _, metas = owners_with(launch, 1, 1, 0, seed=SEED)
+    joiners = launch(1, 1, 2)
+
+    def refused_with(why: str, change: Callable[[dict[str, Any]], object]) -> None:
+        document = json.loads(metas)
+        change(document["0"])
+        load(joiners, json.dumps(document))
+        sent = network.sent_nbytes(0)
+        refused(joiners, why)
+        assert network.sent_nbytes(0) - sent < NBYTES / 50, why
+
+    elsewhere = f"{network.address(0)}:1"
+    refused_with("cannot be reached", lambda held: held.update(lease_address=elsewhere))
+    refused_with("was registered anew", lambda held: held.update(epoch="e"))
+    other_way = "lies there in another way than its metas tell"
+    refused_with(
+        other_way, lambda held: held["buffers"][0].update(address=held["buffers"][0]["address"] + 256)
+    )
+    refused_with(other_way, lambda held: held["buffers"][0]["tensors"][0].update(name="another"))
+    joiners.worker(0)
+    refused_with("nobody else holds", lambda held: held.update(p2p_address=elsewhere))
+    status = joiners.worker(0).answer()["status"]
+    assert (status["outcome"], status["touched"]) == ("failed", False)
     load(joiners, metas)
     in_place(joiners, SEED)
+
+
+def refused(fleet: Fleet, why: str) -> None:
+    """An update of its only rank fails, and its worker has all its old weights."""
+    answer = fleet.ask("update", [0], name="a", ranks=[0])[0]
+    assert answer["record"]["error_type"] == "P2PError", answer
+    assert why in answer["message"]
+    assert answer["touched"] is False

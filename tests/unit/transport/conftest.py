@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fleet_for_transport_tests import Fleet, RankProcess, fleet_of
-from leases_for_transport_tests import EPOCH, NAME, SESSION, release_all
+from leases_for_transport_tests import SESSION, publish, release_all
 
 from ckpt_engine.transport.lease_server import LeaseServer
 
@@ -54,7 +54,7 @@ def rank_processes() -> Iterator[Callable[[int], list[RankProcess]]]:
 def server() -> Iterator[LeaseServer]:
     """An owner's, of one published share."""
     made = LeaseServer("127.0.0.1", 0, SESSION, max_readers=2)
-    made.publish(NAME, EPOCH)
+    publish(made)
     yield made
     made.close()
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.transport.lease_server import LeaseServer
-from ckpt_engine.transport.leases import Lease
+from ckpt_engine.transport.leases import Lease, Share
 
-SESSION, NAME, EPOCH = "d7" * 16, "step-100", "e1"
+SESSION, NAME, EPOCH, LAYOUT = "d7" * 16, "step-100", "e1", "a layout's digest"
 LIMIT = 60.0
 """Seconds for what should happen at once, on a loaded machine."""
 
@@ -36,12 +36,25 @@ def take(
     session: str = SESSION,
     name: str = NAME,
     epoch: str = EPOCH,
+    layout: str = LAYOUT,
     seconds: float = LIMIT,
 ) -> Lease:
-    address = server if isinstance(server, str) else server.address
-    lease = Lease.take(address, session, name, epoch, Deadline.after(seconds), reader=reader)
+    share = share_at(server, session=session, checkpoint=name, epoch=epoch, layout=layout)
+    lease = Lease.take(share, Deadline.after(seconds), reader=reader)
     _TAKEN.append(lease)
     return lease
+
+
+def share_at(server: LeaseServer | str, **other: str) -> Share:
+    address = server if isinstance(server, str) else server.address
+    return Share(
+        **{"address": address, "session": SESSION, "checkpoint": NAME, "epoch": EPOCH, "layout": LAYOUT}
+        | other
+    )
+
+
+def publish(server: LeaseServer, name: str = NAME, epoch: str = EPOCH, **other: int) -> None:
+    server.publish(name, epoch, lambda: LAYOUT, **other)
 
 
 def until(done: Callable[[], bool], what: str, seconds: float = LIMIT) -> None:
@@ -78,6 +91,6 @@ def process(code: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 def reading_process(address: str) -> str:
     return (
-        f"lease = Lease.take({address!r}, {SESSION!r}, {NAME!r}, {EPOCH!r}, Deadline.after({LIMIT}), "
+        f"lease = Lease.take({share_at(address)!r}, Deadline.after({LIMIT}), "
         "reader='the other process')\nprint('taken', flush=True)"
     )

@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from leases_for_transport_tests import EPOCH, LIMIT, NAME, SESSION
+from leases_for_transport_tests import EPOCH, LAYOUT, LIMIT, NAME, SESSION, share_at
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import P2PError
@@ -25,7 +25,7 @@ class Asked:
         self.directory: Directory[str] = Directory(self.told.__setitem__)
 
     def seek(self, who: str, *, announces: bool = True, waits: bool = True, name: str = NAME) -> None:
-        self.directory.seek(who, Seek(LEASE_PROTOCOL, SESSION, name, EPOCH, announces, waits))
+        self.directory.seek(who, Seek(LEASE_PROTOCOL, SESSION, name, EPOCH, LAYOUT, announces, waits))
 
     def announce(self, who: str, group: str = "") -> None:
         self.directory.announce(who, Announce(group or who, who.encode()))
@@ -129,7 +129,7 @@ def test_who_takes_too_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -
 
 def seek(server: LeaseServer, session: str = SESSION, epoch: str = EPOCH) -> tuple[Announcement, Found]:
     deadline = Deadline.after(LIMIT)
-    return Announcement.seek(server.address, session, NAME, epoch, deadline, announces=True)
+    return Announcement.seek(share_at(server, session=session, epoch=epoch), deadline, announces=True)
 
 
 def test_announcements_of_many_megabytes_live_as_long_as_their_connections(server: LeaseServer) -> None:

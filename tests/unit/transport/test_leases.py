@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from leases_for_transport_tests import (
     EPOCH,
+    LAYOUT,
     LIMIT,
     NAME,
     SESSION,
     asked,
     process,
+    publish,
     reading_process,
+    share_at,
     take,
     thread_count,
     until,
@@ -57,6 +60,10 @@ def test_a_lease_is_taken_checked_and_released(server: LeaseServer) -> None:
         ({"session": ""}, "another process has taken the owner's place"),
         ({"name": "step-101"}, "'step-101' is not registered there any more"),
         ({"epoch": "e0"}, "'step-100' was registered anew: its metas are out of date"),
+        (
+            {"layout": "another"},
+            "'step-100' lies there in another way than its metas tell: ask for them again",
+        ),
     ],
 )
 def test_other_memory_than_the_metas_tell_of_is_never_granted(
@@ -69,7 +76,7 @@ def test_other_memory_than_the_metas_tell_of_is_never_granted(
 
 
 def test_a_share_that_fills_says_how_far_it_is(server: LeaseServer) -> None:
-    server.publish("filling", "e7", present=0)
+    publish(server, "filling", "e7", present=0)
     lease = take(server, name="filling", epoch="e7")
     assert lease.present == 0
     server.came("filling", 3)
@@ -82,9 +89,9 @@ def test_a_share_that_fills_says_how_far_it_is(server: LeaseServer) -> None:
 
 def test_a_refilled_share_ends_the_leases_on_what_was_there_before(server: LeaseServer) -> None:
     lease = take(server)
-    server.publish(NAME, EPOCH)  # again the same: nothing happens
+    publish(server)  # again the same: nothing happens
     lease.check()
-    server.publish(NAME, "e2")
+    publish(server, epoch="e2")
     with pytest.raises(P2PError, match="has ended the lease, or died"):
         lease.check()
     take(server, epoch="e2").release()
@@ -129,7 +136,7 @@ def test_a_wait_can_be_interrupted(server: LeaseServer) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Lease.take(server.address, SESSION, NAME, EPOCH, Deadline.after(LIMIT), reader="c", poll=poll)
+        Lease.take(share_at(server), Deadline.after(LIMIT), reader="c", poll=poll)
     until(lambda: len(server._connections) == 2, "its connection ended")
 
 
@@ -161,7 +168,7 @@ def test_withdrawing_refuses_those_who_wait(server: LeaseServer) -> None:
 
 
 def test_withdrawing_one_checkpoint_leaves_the_others(server: LeaseServer) -> None:
-    server.publish("other", "e9")
+    publish(server, "other", "e9")
     lease = take(server, name="other", epoch="e9")
     assert server.withdraw(NAME, Deadline.after(0)) == ()
     lease.check()
@@ -210,7 +217,7 @@ def test_a_stopped_reader_loses_its_lease_and_gets_to_know(
 def owning_process() -> str:
     return (
         f"server = LeaseServer('127.0.0.1', 0, {SESSION!r}, max_readers=1)\n"
-        f"server.publish({NAME!r}, {EPOCH!r})\nprint(server.address, flush=True)"
+        f"server.publish({NAME!r}, {EPOCH!r}, lambda: {LAYOUT!r})\nprint(server.address, flush=True)"
     )
 
 
@@ -244,7 +251,7 @@ def test_a_stopped_owner_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_closing_ends_the_leases_the_threads_and_the_port() -> None:
     server = LeaseServer("127.0.0.1", 0, SESSION)
-    server.publish(NAME, EPOCH)
+    publish(server)
     lease = take(server)
     assert thread_count("ckpt-engine-lease-keeper") == 1
     server.close()

@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from leases_for_transport_tests import (
     EPOCH,
+    LAYOUT,
     LIMIT,
     NAME,
     SESSION,
+    publish,
     take,
     until,
 )
@@ -34,7 +36,7 @@ def test_ipv6() -> None:
     server = LeaseServer("::1", 0, SESSION)
     try:
         assert server.address.startswith("[::1]:")
-        server.publish(NAME, EPOCH)
+        publish(server)
         lease = take(server, "six")
         assert server.withdraw(NAME, Deadline.after(0))[0].startswith("six ([::1]:")
         lease.release()
@@ -67,7 +69,7 @@ def connect(server: LeaseServer) -> socket.socket:
 
 
 def ask(**other: str) -> bytes:
-    fields = {"session": SESSION, "checkpoint": NAME, "epoch": EPOCH, "reader": "r"} | other
+    fields = {"session": SESSION, "checkpoint": NAME, "epoch": EPOCH, "layout": LAYOUT, "reader": "r"} | other
     return messages.frame(messages.Ask(messages.LEASE_PROTOCOL, **fields))
 
 
@@ -103,8 +105,8 @@ def test_who_speaks_otherwise_is_hung_up_on(server: LeaseServer, said: bytes) ->
 
 def test_another_version_is_told(server: LeaseServer) -> None:
     with connect(server) as sock:
-        sock.sendall(messages.frame(messages.Ask(0, SESSION, NAME, EPOCH, "old")))
-        assert answer(sock) == messages.Refused("it speaks version 2 of this protocol")
+        sock.sendall(messages.frame(messages.Ask(0, SESSION, NAME, EPOCH, LAYOUT, "old")))
+        assert answer(sock) == messages.Refused("it speaks version 3 of this protocol")
 
 
 def test_a_message_may_come_byte_by_byte(server: LeaseServer) -> None:
@@ -152,7 +154,7 @@ def test_strangers_never_keep_readers_out(server: LeaseServer, monkeypatch: pyte
 def test_leases_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_server, "MAX_LEASES", 2)
     server = LeaseServer("127.0.0.1", 0, SESSION)
-    server.publish(NAME, EPOCH)
+    publish(server)
     try:
         kept = [take(server), take(server)]
         with pytest.raises(P2PError, match="it has given 2 leases: ask again later"):
