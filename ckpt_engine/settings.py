@@ -129,6 +129,13 @@ class Settings(BaseSettings):
     api_token: SecretStr | None = Field(
         None, validation_alias=AliasChoices("api_token", "CKPT_ENGINE_API_TOKEN")
     )
+    # ... and what requests may name: `server.access` reads both lists
+    allowed_roots: str | None = Field(
+        None, validation_alias=AliasChoices("allowed_roots", "CKPT_ENGINE_ALLOWED_ROOTS")
+    )
+    allowed_engines: str | None = Field(
+        None, validation_alias=AliasChoices("allowed_engines", "CKPT_ENGINE_ALLOWED_ENGINES")
+    )
 
     # Ours: host memory
     load_threads: int | None = Field(
@@ -140,10 +147,13 @@ class Settings(BaseSettings):
     numa: bool = Field(True, validation_alias=AliasChoices("numa", "CKPT_ENGINE_NUMA"))
     inplace_pin: bool = Field(False, validation_alias=AliasChoices("inplace_pin", "CKPT_ENGINE_INPLACE_PIN"))
 
-    @field_validator("master_addr", "socket_dir", "trace_dir", mode="before")
+    @field_validator(
+        "master_addr", "socket_dir", "trace_dir", "allowed_roots", "allowed_engines", mode="before"
+    )
     @classmethod
     def _not_empty(cls, value: object) -> object:
-        # An empty address is every interface of the host, an empty path the working directory.
+        # An empty address is every interface of the host, an empty path the working directory, and an empty
+        # list could be meant as nothing, or as no list.
         if value == "":
             raise ValueError("must not be empty: unset it for the default")
         return value

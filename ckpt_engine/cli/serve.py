@@ -31,14 +31,25 @@ def serve(
     host: Annotated[
         str | None,
         typer.Option(
-            help="With --port: the address to listen on. Any but the loopback needs CKPT_ENGINE_API_TOKEN.",
+            help="With --port: the address to listen on.",
             show_default="127.0.0.1",
         ),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Listen on TCP instead; rank r listens on this port + r."),
+        typer.Option(
+            min=1,
+            max=65535,
+            help="Listen on TCP instead; rank r listens on this port + r. It needs CKPT_ENGINE_API_TOKEN.",
+        ),
     ] = None,
+    without_token: Annotated[
+        bool,
+        typer.Option(
+            "--without-token",
+            help="With --port, on the loopback only: let every user of this host send requests.",
+        ),
+    ] = False,
     peers: Annotated[
         str | None,
         typer.Option(
@@ -53,7 +64,7 @@ def serve(
 
     With ?all_ranks=true a request to rank 0 is carried out on every rank.
     """
-    if port is None and (host is not None or peers is not None):
+    if port is None and (host is not None or peers is not None or without_token):
         raise typer.BadParameter("say on which", param_hint="--port")
     if port is not None and uds is not None:
         raise typer.BadParameter("listen on --uds or on --port, not on both", param_hint="--uds")
@@ -61,11 +72,14 @@ def serve(
     # First, since a missing extra is better known before anything is made.
     from ckpt_engine.server.serving import serve as serve_until_ended  # isort: skip
     from ckpt_engine.parameter_server import ParameterServer
+    from ckpt_engine.server.access import Access
     from ckpt_engine.server.all_ranks import RankServers, tcp_addresses, unix_addresses, unix_path
     from ckpt_engine.server.listening import TcpListener, UnixListener, default_uds, read_token
 
     with ParameterServer() as ps:
         token = read_token(ps.settings)
+        # With a token the socket's own user is not who sends requests: why else would there be one.
+        access = Access.of(ps.settings, own_user=port is None and token is None)
         listen: Callable[[], TcpListener | UnixListener]
         if port is not None:
             address, own_port = host or "127.0.0.1", port + ps.rank
@@ -81,7 +95,7 @@ def serve(
                 world_size=ps.world_size,
                 ranks_per_host=ps.settings.local_world_size or ps.world_size,
             )
-            listen = partial(TcpListener, address, own_port, token)
+            listen = partial(TcpListener, address, own_port, token, without_token=without_token)
         else:
             template = str(Path(uds or default_uds(ps.settings)).absolute())
             addresses = unix_addresses(template, ps.world_size)
@@ -92,6 +106,8 @@ def serve(
             listen,
             servers=RankServers(addresses, token),
             token=token,
+            access=access,
+            local_only=port is not None and token is None,
             announce=lambda at: typer.echo(f"rank {ps.rank} of {ps.world_size} listens on {at}"),
         )
         if signum is None:

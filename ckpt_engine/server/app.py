@@ -30,6 +30,7 @@ from pydantic import BaseModel
 from ckpt_engine.checkpoint import files_of, split_files
 from ckpt_engine.errors import CkptEngineError
 from ckpt_engine.metadata import metas_to_json
+from ckpt_engine.server.access import Access
 from ckpt_engine.server.all_ranks import RankServers
 from ckpt_engine.server.api_models import (
     AllRanksAnswer,
@@ -71,8 +72,10 @@ Name = Annotated[str, Path(description="The checkpoint's name; it may hold slash
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "An argument is wrong (`ConfigError`)."},
+    403: {"model": ErrorBody, "description": "A file or an engine that must not be named here."},
     404: {"model": ErrorBody, "description": "Nothing has this name (`UnknownCheckpointError`)."},
     409: {"model": ErrorBody, "description": "The name is taken, or the rank is busy."},
+    408: {"model": ErrorBody, "description": "The body came too slowly."},
     413: {"model": ErrorBody, "description": "The body is too large."},
     422: {"model": ErrorBody, "description": "The body is not what this route takes."},
     500: {
@@ -92,6 +95,8 @@ def create_app(
     servers: RankServers | None = None,
     executor: Executor | None = None,
     token: str | None = None,
+    access: Access | None = None,
+    local_only: bool = False,
 ) -> FastAPI:
     """The routes over one rank.
 
@@ -99,6 +104,10 @@ def create_app(
         servers: every rank's server, for `all_ranks`; None: rank 0 cannot reach the others.
         executor: where long operations run; None: a thread of the app's own.
         token: what every request must carry (`Authorization: Bearer`); None: nothing.
+        access: which files and engines requests may name; None: those that the settings allow to others
+            than this process's own user.
+        local_only: refuse requests whose `Host` is not the loopback's: a page in a browser may have had its
+            own name point there.
     """
     own = ThreadPoolExecutor(1, thread_name_prefix="ckpt-engine-operation") if executor is None else None
     operations = Operations(executor or own)  # type: ignore[arg-type]  # one of them is there
@@ -117,9 +126,9 @@ def create_app(
         redoc_url=None,
         lifespan=lifespan,
     )
-    app.add_middleware(Guard, token=token)
+    app.add_middleware(Guard, token=token, local_only=local_only)
     _add_failures(app)
-    work = RankWork(ps)
+    work = RankWork(ps, access or Access.of(ps.settings, own_user=False))
     _add_checkpoints(app, work, Driver(ps.rank, ps.world_size, operations, servers))
     _add_metas(app, work, operations)
 
@@ -153,7 +162,7 @@ def _add_checkpoints(app: FastAPI, here: RankWork, driver: Driver) -> None:
         shares = [request.paths]
         if all_ranks:
             driver.check()
-            found = await run_in_threadpool(files_of, request.paths)
+            found = await run_in_threadpool(lambda: files_of(here.access.files(request.paths)))
             shares = [list(map(str, share)) for share in split_files(found, here.ps.world_size)]
         return await driver.run(
             Call(
@@ -212,7 +221,7 @@ def _add_checkpoints(app: FastAPI, here: RankWork, driver: Driver) -> None:
         name: Name, request: UpdateRequest, all_ranks: AllRanks = False
     ) -> Updated | AllRanksAnswer:
         """Puts the checkpoint into every rank's worker, or into none. Every rank must be asked."""
-        here.check_ranks(request)
+        here.check(request)
         return await driver.run(
             Call(
                 operation="update",

@@ -22,6 +22,7 @@ from ckpt_engine.errors import (
     UpdateError,
     UpdateTimeout,
 )
+from ckpt_engine.server.access import NotAllowedError
 from ckpt_engine.server.api_models import ErrorBody
 
 
@@ -39,6 +40,7 @@ class ServerStopping(CkptEngineError):
 
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 400),
+    (NotAllowedError, 403),
     (CheckpointFormatError, 400),
     (UnknownCheckpointError, 404),
     (CheckpointExistsError, 409),

@@ -81,12 +81,13 @@ class TcpListener:
 
     Args:
         token: the token that the server asks for, if any.
+        without_token: it may be none on the loopback.
 
     Raises:
-        ConfigError: not the loopback, and no token; or the address cannot be had.
+        ConfigError: there must be a token; or the address cannot be had.
     """
 
-    def __init__(self, host: str, port: int, token: str | None) -> None:
+    def __init__(self, host: str, port: int, token: str | None, *, without_token: bool = False) -> None:
         try:
             found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM) if host else []
         except (OSError, UnicodeError) as error:
@@ -99,6 +100,12 @@ class TcpListener:
                 f"--host {host} can be reached from other hosts, and who can reach it can change an engine's "
                 "weights: set CKPT_ENGINE_API_TOKEN to a secret, the same on all ranks, or listen on "
                 "127.0.0.1 or a Unix socket"
+            )
+        if token is None and not without_token:
+            raise ConfigError(
+                f"--host {host} --port can be reached by every user of this host, and who can reach it can "
+                "change an engine's weights: set CKPT_ENGINE_API_TOKEN to a secret, the same on all ranks, "
+                "or listen on a Unix socket (--uds); or, where you trust them all, say --without-token"
             )
         try:
             self.sock = socket.create_server(address, family=family, backlog=128)

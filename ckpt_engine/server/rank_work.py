@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckpt_engine.errors import CkptEngineError, ConfigError, UnknownCheckpointError
 from ckpt_engine.metadata import fleets_from_json
+from ckpt_engine.server.access import Access
 from ckpt_engine.server.api_models import (
     EngineTarget,
     FilesRequest,
@@ -34,12 +35,14 @@ class InvalidMetas(CkptEngineError):
 class RankWork:
     """This rank's part of each operation. The methods block."""
 
-    def __init__(self, ps: ParameterServer) -> None:
+    def __init__(self, ps: ParameterServer, access: Access) -> None:
         self.ps = ps
+        self.access = access
         self.last_update: Updated | None = None
 
     def register(self, name: str, request: FilesRequest, files: Sequence[str]) -> Registered:
         began = time.monotonic()
+        files = self.access.files(files)
         self.ps.register_checkpoint(
             name,
             files=files,
@@ -72,8 +75,9 @@ class RankWork:
             seconds=time.monotonic() - began,
         )
 
-    def check_ranks(self, request: UpdateRequest) -> None:
-        """Raises ConfigError for ranks that are none."""
+    def check(self, request: UpdateRequest) -> None:
+        """Raises ConfigError for ranks that are none; as `Access.check_engines` for engines."""
+        self.access.check_engines(request.targets)
         world_size = self.ps.world_size
         lists = {"ranks": request.ranks} | {
             f"inference_group_ranks of {engine.update_url}": engine.inference_group_ranks

@@ -19,16 +19,21 @@ from types import FrameType
 from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from ckpt_engine.server import missing_extra
+from ckpt_engine.server.access import Access
 from ckpt_engine.server.all_ranks import RankServers
 from ckpt_engine.server.app import create_app
 from ckpt_engine.server.failures import ServerStopping
 
 try:
     import uvicorn
+
+    from ckpt_engine.server.connections import BoundedConnection
 except ImportError as error:
     raise missing_extra(error) from error
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from ckpt_engine.parameter_server import ParameterServer
 
 logger = logging.getLogger(__name__)
@@ -123,6 +128,19 @@ class MainThread(Executor):
                 signal.signal(signum, signal.SIG_IGN if self.signum is not None else handler)
 
 
+def uvicorn_config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        loop="asyncio",
+        http=BoundedConnection,
+        ws="none",
+        server_header=False,
+        timeout_graceful_shutdown=ANSWER_SECONDS,
+    )
+
+
 class Listener(Protocol):
     """An address that is listened on."""
 
@@ -149,13 +167,15 @@ def serve(
     *,
     servers: RankServers | None = None,
     token: str | None = None,
+    access: Access | None = None,
+    local_only: bool = False,
     announce: Callable[[Listener], None] = lambda _: None,
 ) -> int | None:
     """Serves `ps` until a signal, in the main thread; then closes it and the listener.
 
     Args:
         listen: makes the listener.
-        servers, token: as of `create_app`.
+        servers, token, access, local_only: as of `create_app`.
         announce: called with the listener once requests are answered.
 
     Returns:
@@ -168,13 +188,10 @@ def serve(
     # Signals first: what is made from here on is taken back.
     with main.signals(), closing(ps), closing(listen()) as listener, _bounded_end(listener):
         server = _Server(
-            uvicorn.Config(
-                create_app(ps, servers=servers, executor=main, token=token),
-                log_level="warning",
-                access_log=False,
-                loop="asyncio",
-                server_header=False,
-                timeout_graceful_shutdown=ANSWER_SECONDS,
+            uvicorn_config(
+                create_app(
+                    ps, servers=servers, executor=main, token=token, access=access, local_only=local_only
+                )
             )
         )
 

@@ -119,7 +119,8 @@ def test_a_served_fleet_is_joined(network: Network, start: Start, directory: Pat
     models.make_checkpoint(directory / "model", seed=SEED, size="tiny")
     expected, nbytes = models.file_digests(directory / "model")
     serve = ("-m", "ckpt_engine.cli.main", "serve")
-    start(0, *serve, "--host", network.address(0), "--port", str(PORT), **SECRET)
+    roots = {"CKPT_ENGINE_ALLOWED_ROOTS": str(directory / "model")}
+    start(0, *serve, "--host", network.address(0), "--port", str(PORT), **SECRET, **roots)
     server = directory / "server"
     start(3, *serve, "--uds", str(server / "ps-{rank}.sock"))
     engines = {host: start_engine(start, directory, host) for host in (2, 3)}

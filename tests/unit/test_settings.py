@@ -51,6 +51,8 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_REPLY_TIMEOUT": ("reply_timeout", "30", 30.0),
     "CKPT_ENGINE_STALL_TIMEOUT": ("stall_timeout", "4.5", 4.5),
     "CKPT_ENGINE_API_TOKEN": ("api_token", "open-sesame", SecretStr("open-sesame")),
+    "CKPT_ENGINE_ALLOWED_ROOTS": ("allowed_roots", "/models:/dev/shm/w", "/models:/dev/shm/w"),
+    "CKPT_ENGINE_ALLOWED_ENGINES": ("allowed_engines", "10.0.0.0/8,e:80", "10.0.0.0/8,e:80"),
     "CKPT_ENGINE_LOAD_THREADS": ("load_threads", "2", 2),
     "CKPT_ENGINE_HUGE_PAGES": ("huge_pages", "false", False),
     "CKPT_ENGINE_CUSTOM_DIST": ("custom_dist", "vllm_nccl", "vllm_nccl"),

@@ -73,9 +73,10 @@ def test_a_server_joins_a_fleet_that_serves(
     update_from(server, checkpoints("llama", 2))
     port = free_port()
     token = {"CKPT_ENGINE_API_TOKEN": "sesame"}
+    own = token | {"CKPT_ENGINE_HOST_ID": "elsewhere", "CKPT_ENGINE_P2P": "on"}
     with subprocess.Popen(
         [sys.executable, "-m", "ckpt_engine.cli.main", "serve", "--port", str(port)],
-        env={**os.environ, **token, "CKPT_ENGINE_HOST_ID": "elsewhere", "CKPT_ENGINE_P2P": "on"},
+        env={**os.environ, **own, "CKPT_ENGINE_ALLOWED_ROOTS": str(checkpoints("llama", 1))},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

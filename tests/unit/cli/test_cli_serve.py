@@ -22,6 +22,7 @@ Cli = Callable[..., Any]
         (("--peers", "a"), "--port"),
         (("--uds", "/s", "--port", 9000), "--uds"),
         (("--port", 0), "--port"),
+        (("--without-token",), "--port"),
     ],
 )
 def test_bad_usage(cli: Cli, args: tuple[object, ...], named: str) -> None:
@@ -41,6 +42,8 @@ def test_more_ranks_than_ports(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Non
     ("args", "message"),
     [
         (("--host", "0.0.0.0", "--port", 9000), "set CKPT_ENGINE_API_TOKEN"),
+        (("--host", "0.0.0.0", "--port", 9000, "--without-token"), "set CKPT_ENGINE_API_TOKEN"),
+        (("--port", 9000), "can be reached by every user of this host"),
         (("--uds", "/tmp/ps.sock"), "/tmp must be a directory of this user that nobody else may enter"),
         (("--port", 9000, "--peers", "a,b"), "--peers a,b: give 1 entries"),
     ],
@@ -79,7 +82,49 @@ def test_a_lone_rank_over_tcp_with_a_token(tmp_path: Path, signum: signal.Signal
         assert httpx.get(url).status_code == 401
         health = httpx.get(url, headers={"Authorization": "Bearer secret"}).json()
         assert (health["rank"], health["world_size"]) == (0, 1)
+        # Whoever has the token is not this user: it may name no files, and only engines of the loopback.
+        url = f"http://127.0.0.1:{port}/v1/checkpoints/a"
+        for path, body in (
+            ("files", {"files": str(tmp_path), "use_inplace_pin_memory": True}),
+            ("update", {"update_url": "http://192.0.2.1/collective_rpc"}),
+        ):
+            refused = httpx.post(f"{url}/{path}", json=body, headers={"Authorization": "Bearer secret"})
+            assert (refused.status_code, refused.json()["error_type"]) == (403, "NotAllowedError")
+            assert "secret" not in refused.text
         served.send_signal(signum)
         out, err = served.communicate(timeout=30)
     assert (served.returncode, out, err) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tcp", [True, False], ids=["tcp", "unix"])
+def test_a_server_without_a_token(tmp_path: Path, tcp: bool) -> None:
+    """On the loopback all of this host may ask, but no web page, and not for any file. On a Unix socket
+    only this user may, and for whatever it likes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    where = ["--port", str(port), "--without-token"] if tcp else []
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("CKPT_ENGINE_A")}
+    with subprocess.Popen(
+        [sys.executable, "-W", "error", "-m", "ckpt_engine.cli.main", "serve", *where],
+        env=environment | {"CKPT_ENGINE_SOCKET_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as served:
+        assert served.stdout is not None
+        assert served.stdout.readline().startswith("rank 0 of 1 listens on ")
+        transport = httpx.HTTPTransport(uds=None if tcp else str(tmp_path / "ps-0.sock"))
+        with httpx.Client(transport=transport, base_url=f"http://127.0.0.1:{port}/v1", timeout=30) as client:
+            assert client.get("/healthz").status_code == 200
+            (tmp_path / "empty").mkdir()
+            files = client.post("/checkpoints/a/files", json={"files": str(tmp_path / "empty")})
+            # Looked at, and found to be none; or not looked at.
+            assert files.json()["error_type"] == ("NotAllowedError" if tcp else "CheckpointError")
+            pages = [{"Host": "evil.example"}] if tcp else []
+            for headers in [*pages, {"Origin": "http://evil.example"}]:
+                assert client.get("/healthz", headers=headers).status_code == 403
+        served.send_signal(signal.SIGTERM)
+        out, err = served.communicate(timeout=30)
+    assert (served.returncode, out, err) == (0, "", "")

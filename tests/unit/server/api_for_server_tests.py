@@ -6,7 +6,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,15 @@ import uvicorn
 
 from ckpt_engine.errors import CheckpointExistsError, ErrorRecord, UnknownCheckpointError, UpdateError
 from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta
+from ckpt_engine.server.access import Access
 from ckpt_engine.server.all_ranks import RankAddress, RankServers
 from ckpt_engine.server.app import create_app
-from ckpt_engine.settings import load_settings
+from ckpt_engine.settings import Settings, load_settings
 from ckpt_engine.update.session import UpdateReport
 
 SECONDS = 20.0
+EVERYTHING = Access.of(Settings(), own_user=True)
+"""What requests may name where only this user can send any."""
 REPORT: dict[str, Any] = {
     "checkpoint": "a",
     "version": "v-1",
@@ -135,12 +138,18 @@ def update_error(kind: type[UpdateError] = UpdateError, **fields: Any) -> Update
 
 
 @contextmanager
-def served(app: Any, path: Path) -> Iterator[None]:  # noqa: ANN401 - any ASGI app
+def served(
+    app: Any,  # noqa: ANN401 - any ASGI app
+    path: Path,
+    config: Callable[[Any], uvicorn.Config] = lambda app: uvicorn.Config(app, log_level="error"),
+) -> Iterator[None]:
     """`app` on a Unix socket, in a thread."""
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(str(path))
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        sock.listen(128)  # who connects at once waits
+        settled = config(app)
+        settled.timeout_graceful_shutdown = 1
+        server = uvicorn.Server(settled)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         try:
@@ -173,7 +182,12 @@ def world(size: int, *, token: str | None = None, absent: tuple[int, ...] = ()) 
         stack.callback(shutil.rmtree, directory)
         for rank, stub in enumerate(stubs):
             if rank not in absent:
-                app = create_app(stub, servers=RankServers(addresses, token), token=token)  # type: ignore[arg-type]
+                app = create_app(
+                    stub,  # type: ignore[arg-type]
+                    servers=RankServers(addresses, token),
+                    token=token,
+                    access=EVERYTHING,
+                )
                 stack.enter_context(served(app, directory / f"{rank}.sock"))
         transport = httpx.HTTPTransport(uds=str(directory / "0.sock"))
         headers = {"Authorization": f"Bearer {token}"} if token else {}

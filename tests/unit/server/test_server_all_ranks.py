@@ -11,7 +11,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 import torch
-from api_for_server_tests import REPORT, SECONDS, StubServer, served, update_error, world
+from api_for_server_tests import EVERYTHING, REPORT, SECONDS, StubServer, served, update_error, world
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
@@ -191,19 +191,19 @@ def test_a_server_that_is_none_of_ours(text: bytes, monkeypatch: pytest.MonkeyPa
 
 
 def test_only_rank_0_drives() -> None:
-    with TestClient(create_app(StubServer(1, 2))) as client:  # type: ignore[arg-type]
+    with TestClient(create_app(StubServer(1, 2), access=EVERYTHING)) as client:  # type: ignore[arg-type]
         answer = client.post(UPDATE, json={})
     assert answer.status_code == 400
     assert "only rank 0" in answer.json()["message"]
 
 
 def test_a_server_that_does_not_know_the_others_says_so() -> None:
-    with TestClient(create_app(StubServer(0, 2))) as client:  # type: ignore[arg-type]
+    with TestClient(create_app(StubServer(0, 2), access=EVERYTHING)) as client:  # type: ignore[arg-type]
         answer = client.post(UPDATE, json={})
     assert answer.status_code == 400
     assert "was not told where the other ranks' servers are" in answer.json()["message"]
     # A lone rank is all ranks.
-    with TestClient(create_app(StubServer())) as client:  # type: ignore[arg-type]
+    with TestClient(create_app(StubServer(), access=EVERYTHING)) as client:  # type: ignore[arg-type]
         assert client.post(UPDATE, json={}).json()["ranks"]["0"]["status"] == 200
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 import pytest
-from api_for_server_tests import SECONDS, StubServer, metas_of, update_error
+from api_for_server_tests import EVERYTHING, SECONDS, StubServer, metas_of, update_error
 from fastapi.testclient import TestClient
 
 from ckpt_engine.errors import (
@@ -39,7 +39,7 @@ def ps() -> StubServer:
 
 @pytest.fixture
 def client(ps: StubServer) -> Iterator[TestClient]:
-    with TestClient(create_app(ps)) as client:
+    with TestClient(create_app(ps, access=EVERYTHING)) as client:
         yield client
 
 
@@ -199,8 +199,12 @@ def test_a_failed_registration_is_forgotten_by_delete(client: TestClient, ps: St
         (UPDATE, {"ranks": [-1]}, "ranks"),
         (UPDATE, {"uds": "/e.sock"}, "give update_url"),
         (UPDATE, {"inference_group_ranks": [0]}, "give update_url"),
-        (UPDATE, {"update_url": "http://e", "engines": [{"update_url": "http://f"}]}, "not both"),
-        (UPDATE, {"engines": [{"update_url": "http://e"}, {"update_url": "http://f"}]}, "of http://e"),
+        (UPDATE, {"update_url": "http://localhost", "engines": [{"update_url": "http://f"}]}, "not both"),
+        (
+            UPDATE,
+            {"engines": [{"update_url": "http://e"}, {"update_url": "http://f"}]},
+            "of http://e",
+        ),
         (
             UPDATE,
             {"engines": [{"update_url": u, "inference_group_ranks": [0]} for u in ("http://e", "http://f")]},
@@ -226,7 +230,7 @@ def test_bodies_that_are_not_json(client: TestClient, content: bytes) -> None:
 
 
 def test_ranks_that_are_none(client: TestClient, ps: StubServer) -> None:
-    for body in ({"ranks": [1]}, {"update_url": "http://e", "inference_group_ranks": [0, 1]}):
+    for body in ({"ranks": [1]}, {"update_url": "http://localhost", "inference_group_ranks": [0, 1]}):
         answer = client.post(UPDATE, json=body)
         assert answer.status_code == 400
         assert "1 is not a rank: they go from 0 to 0" in answer.json()["message"]
@@ -284,7 +288,7 @@ def test_one_request_for_each_engine_by_its_lowest_rank(engine: tuple[str, list[
     url, requests = engine
     body = {"update_url": url, "inference_group_ranks": [3, 2], "timeout": 40}
     for rank in range(4):
-        with TestClient(create_app(StubServer(rank, 4))) as client:
+        with TestClient(create_app(StubServer(rank, 4), access=EVERYTHING)) as client:
             assert client.post(UPDATE, json=body).status_code == 200
     (request,) = requests
     assert request["method"] == "update_weights_from_ipc"
@@ -296,7 +300,7 @@ def test_several_engines_and_all_ranks(engine: tuple[str, list[dict[str, Any]]])
     url, requests = engine
     engines = [{"update_url": url, "inference_group_ranks": group} for group in ([0, 1], [2])]
     for rank in range(4):
-        with TestClient(create_app(StubServer(rank, 4))) as client:
+        with TestClient(create_app(StubServer(rank, 4), access=EVERYTHING)) as client:
             assert client.post(UPDATE, json={"engines": engines}).status_code == 200
             assert client.post(UPDATE, json={"update_url": url}).status_code == 200
             assert client.post(UPDATE, json={}).status_code == 200
@@ -304,8 +308,8 @@ def test_several_engines_and_all_ranks(engine: tuple[str, list[dict[str, Any]]])
 
 
 def test_a_group_outside_the_ranks_that_are_updated() -> None:
-    with TestClient(create_app(StubServer(0, 4))) as client:
-        body = {"ranks": [0, 1], "update_url": "http://e", "inference_group_ranks": [1, 2]}
+    with TestClient(create_app(StubServer(0, 4), access=EVERYTHING)) as client:
+        body = {"ranks": [0, 1], "update_url": "http://localhost", "inference_group_ranks": [1, 2]}
         answer = client.post(UPDATE, json=body)
     assert answer.status_code == 400
     assert "rank 2 is not among the ranks that are updated, [0, 1]" in answer.json()["message"]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from api_for_server_tests import StubServer, world
+from api_for_server_tests import EVERYTHING, StubServer, world
 from fastapi.testclient import TestClient
 
 from ckpt_engine.server.app import create_app
@@ -23,7 +23,7 @@ def ps() -> StubServer:
 
 @pytest.fixture
 def client(ps: StubServer) -> Iterator[TestClient]:
-    with TestClient(create_app(ps)) as client:
+    with TestClient(create_app(ps, access=EVERYTHING)) as client:
         yield client
 
 
@@ -98,3 +98,32 @@ def test_an_error_that_nobody_expected(ps: StubServer, caplog: pytest.LogCapture
     assert (body["error_type"], body["message"]) == ("RuntimeError", "what was that")
     assert "in broken" in body["traceback"]
     assert "GET /broken failed" in caplog.text
+
+
+@pytest.mark.parametrize("headers", [{"Origin": "http://evil.example"}, {"Origin": "null"}, {"Origin": ""}])
+def test_requests_of_web_pages_are_refused(
+    client: TestClient, ps: StubServer, headers: dict[str, str]
+) -> None:
+    answer = client.post(UPDATE, json={}, headers=headers)
+    assert (answer.status_code, answer.json()["error_type"], ps.calls) == (403, "Forbidden", [])
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:9000", 200),
+        ("localhost", 200),
+        ("LOCALHOST:1", 200),
+        ("[::1]:9000", 200),
+        ("evil.example:9000", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("", 403),
+    ],
+)
+def test_a_name_that_was_pointed_to_the_loopback_is_refused(ps: StubServer, host: str, status: int) -> None:
+    """A page of that name is no other origin to a browser: it may send anything."""
+    with TestClient(create_app(ps, local_only=True)) as client:
+        assert client.get("/v1/healthz", headers={"Host": host}).status_code == status
+    with TestClient(create_app(ps)) as client:
+        assert client.get("/v1/healthz", headers={"Host": host}).status_code == 200

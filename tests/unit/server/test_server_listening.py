@@ -122,7 +122,7 @@ def test_the_default_lies_in_the_directory_for_sockets(
 def test_the_loopback_needs_no_token(host: str) -> None:
     if host == "::1" and not _has_ipv6():
         pytest.skip("no IPv6 on this machine")
-    listener = TcpListener(host, 0, None)
+    listener = TcpListener(host, 0, None, without_token=True)
     assert str(listener).startswith("http://")
     with socket.create_connection((host, listener.port), timeout=5):
         pass
@@ -134,7 +134,7 @@ def test_any_other_address_needs_one(host: str) -> None:
     with pytest.raises(
         ConfigError, match=f"--host {host} can be reached from other hosts.*CKPT_ENGINE_API_TOKEN"
     ):
-        TcpListener(host, 0, None)
+        TcpListener(host, 0, None, without_token=True)
 
 
 def test_with_a_token_any_address_will_do() -> None:
@@ -160,7 +160,7 @@ def test_a_port_that_is_taken() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use"):
-            TcpListener("127.0.0.1", port, None)
+            TcpListener("127.0.0.1", port, None, without_token=True)
 
 
 def test_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
