@@ -26,7 +26,8 @@ class Rules:
     `partial`: modules that nothing was sent for keep their weights; one that gets any tensor needs all of
     its own. `ignored`: patterns (fnmatch) of names that no model need read. `parallel_size`: ranks over which
     a tensor may be cut. `shares`: other ranks hold layers or experts that this one passes over.
-    `drafter_layers`: numbers, behind the main model's own, of layers that only a drafter has.
+    `layer_count`: how many layers they have together, if that is known. `drafter_layers`: numbers, behind the
+    main model's own, of layers that only a drafter has.
     `passed_over`: what else this engine's models do not read of their own checkpoint, by name.
     """
 
@@ -34,6 +35,7 @@ class Rules:
     ignored: tuple[str, ...] = ()
     parallel_size: int = 1
     shares: bool = False
+    layer_count: int | None = None
     drafter_layers: range = range(0)
     passed_over: re.Pattern[str] | None = None
 
@@ -123,10 +125,11 @@ def parameters_in(model: torch.nn.Module, kind: type[torch.nn.Module]) -> list[s
 
 def _may_be_unread(name: str, rules: Rules, patterns: set[str]) -> bool:
     layer = _LAYER.search(name)
+    nobodys = layer is not None and rules.layer_count is not None and int(layer[1]) >= rules.layer_count
     return bool(
         _DERIVED.search(name)
         or rules.ignores(name)
-        or _pattern(name) in patterns
+        or (_pattern(name) in patterns and not nobodys)
         or (layer and int(layer[1]) in rules.drafter_layers)
         or (rules.passed_over and rules.passed_over.search(name))
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_engine.compat import DIRECTORY
-from ckpt_engine_sglang import guard, layouts
+from ckpt_engine_sglang import guard, layouts, pipeline
 from ckpt_engine_sglang.versions import MAKE_MODEL, MANAGER, TOKENIZER, unknown_layout
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ def register() -> None:
             other,
         )
     HookRegistry.register(f"{MANAGER}.update_weights_from_ipc", update_weights_from_ipc, HookType.REPLACE)
+    HookRegistry.register(pipeline.PASS_ON, pipeline.after_sending, HookType.AFTER)
     HookRegistry.register(MAKE_MODEL, layouts.remember, HookType.AFTER)
     HookRegistry.register(f"{TOKENIZER}.update_weights_from_ipc", note_outcome, HookType.AROUND)
     if guard.wanted():
@@ -53,11 +54,14 @@ def register() -> None:
 
 
 def update_weights_from_ipc(manager: Any, request: Any) -> Any:  # noqa: ANN401 - SGLang's
-    """In each scheduler, in place of SGLang's own: receives one update for all of this rank's models."""
+    """In each scheduler, in place of SGLang's own: receives one update for all of this rank's models. None,
+    to which SGLang sends no answer: not yet."""
     from sglang.srt.managers.io_struct import UpdateWeightsFromIPCReqOutput
 
     from ckpt_engine_sglang.worker_update import WorkerUpdate
 
+    if pipeline.put_off(manager.scheduler, request):
+        return None
     with manager._observe_weight_load("ipc"):
         success, message = WorkerUpdate(manager, request).serve()
     return UpdateWeightsFromIPCReqOutput(success=success, message=message)

@@ -18,12 +18,14 @@ from ckpt_engine.errors import ConfigError
 MANAGER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 TOKENIZER = "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin"
 LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
+PIPELINE = "sglang.srt.managers.scheduler_pp_mixin.SchedulerPPMixin"
 MAKE_MODEL = "sglang.srt.model_loader.loader._initialize_model"
 _NEEDED = {
     MANAGER: ("_observe_weight_load", "update_weights_from_ipc", "flush_cache_after_weight_update"),
     TOKENIZER: ("init_communicators", "update_weights_from_ipc", "_update_weight_version_if_provided"),
     LOADER: ("load_weights_and_postprocess",),
     MAKE_MODEL: (),
+    PIPELINE: ("_pp_send_pyobj_to_next_stage",),
     "sglang.srt.runtime_context.get_parallel": (),
 }
 _PARAMETERS = {

@@ -159,6 +159,7 @@ class WorkerUpdate:
             ignored=ignored,
             parallel_size=parallel.tp,
             shares=shares,
+            layer_count=layers or None,
             drafter_layers=range(layers, layers + (getattr(text, "num_nextn_predict_layers", 0) or 0)),
             passed_over=passed_over(tied=bool(getattr(text, "tie_word_embeddings", False)), shares=shares),
         )

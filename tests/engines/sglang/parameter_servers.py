@@ -136,7 +136,7 @@ def ranks(
         port = probe.getsockname()[1]
     made = []
     try:
-        for rank in range(server.tp_size):
+        for rank in range(server.rank_count):
             request = {
                 "url": server.url,
                 "checkpoint": str(checkpoint),
@@ -145,8 +145,8 @@ def ranks(
             environment = {
                 **os.environ,
                 "RANK": str(rank),
-                "WORLD_SIZE": str(server.tp_size),
-                "LOCAL_WORLD_SIZE": str(server.tp_size),
+                "WORLD_SIZE": str(server.rank_count),
+                "LOCAL_WORLD_SIZE": str(server.rank_count),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port - 1),
                 "OMP_NUM_THREADS": "1",

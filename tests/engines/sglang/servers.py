@@ -71,6 +71,7 @@ class Server:
         log: Path,
         *arguments: str,
         tp_size: int = 1,
+        pp_size: int = 1,
         dummy: bool = True,
         devices: str = "0",
         host: str = "here",
@@ -79,7 +80,8 @@ class Server:
         api_key: str | None = None,
         **environment: str,
     ) -> None:
-        self.model, self.log, self.tp_size, self.host = model, log, tp_size, host
+        self.model, self.log, self.host = model, log, host
+        self.rank_count = tp_size * pp_size
         self.port = _free_port()
         self.url = f"http://{address}:{self.port}"
         self.client = SglangServer(self.url, api_key=api_key)
@@ -95,15 +97,16 @@ class Server:
             "CKPT_ENGINE_HOST_ID": host,
             "CKPT_ENGINE_STALL_TIMEOUT": str(STALL_SECONDS),
         }
-        if tp_size > 1:
+        if self.rank_count > 1:
             # Each rank must be told its cores; ranks may share one.
             cores = sorted(os.sched_getaffinity(0))
             settings["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
-                str(cores[rank % len(cores)]) for rank in range(tp_size)
+                str(cores[rank % len(cores)]) for rank in range(self.rank_count)
             )
         command = [
             *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
             *("--host", address, "--port", str(self.port), "--tp-size", str(tp_size)),
+            *(("--pp-size", str(pp_size)) if pp_size > 1 else ()),
             *("--load-format", "dummy" if dummy else "auto", "--device", device),
             *(*_ARGUMENTS, *arguments, *(("--api-key", api_key) if api_key else ())),
         ]
@@ -115,10 +118,6 @@ class Server:
             start_new_session=True,
             env={**os.environ, **settings, **environment},
         )
-
-    @property
-    def device_uuids(self) -> list[str]:
-        return [f"CPU-{self.host}-{index}" for index in range(self.tp_size)]
 
     def wait(self, path: str = "/model_info", timeout: float = START_SECONDS) -> Server:
         """Until GET `path` answers 200."""

@@ -172,6 +172,11 @@ def test_what_other_ranks_hold_and_what_only_a_drafter_has() -> None:
     check_names(tensors, recording.taken, Rules(shares=True, passed_over=re.compile("^mtp")))
     with pytest.raises(WeightsMismatch, match=r"no place for mtp.norm.weight:"):
         check_names(tensors, recording.taken, Rules(shares=True))
+    # Nobody's, if they have two layers together.
+    with pytest.raises(WeightsMismatch, match=r"no place for model.layers.2.mlp.experts.2.w:"):
+        check_names(
+            tensors, recording.taken, Rules(shares=True, layer_count=2, passed_over=re.compile("^mtp"))
+        )
 
 
 class Halves(torch.nn.Module):

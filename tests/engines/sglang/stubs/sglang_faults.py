@@ -1,7 +1,8 @@
 """A plugin of SGLang's that makes it fail where a test says so.
 
-The file that SGLANG_FAULTS names holds JSON: {"at": "load" | "post_process", "rank": TP rank,
-"action": "raise" | "exit"}. It is read at each call, so that one server serves all tests.
+The file that SGLANG_FAULTS names holds JSON: {"at": "load" | "post_process", "action": "raise" | "exit",
+"rank": TP rank, "pipeline_rank": PP rank}; without a rank: on all of them. It is read at each call, so that
+one server serves all tests.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ def register() -> None:
         def fail(*_: object, **__: object) -> None:
             from sglang.srt.runtime_context import get_parallel
 
+            parallel = get_parallel()
             file = Path(os.environ["SGLANG_FAULTS"])
             fault = json.loads(file.read_text()) if file.exists() else {}
-            if fault.get("at") == where and fault["rank"] == get_parallel().tp_rank:
+            here = {"at": where, "rank": parallel.tp_rank, "pipeline_rank": parallel.pp_rank}
+            if fault and all(here.get(key, value) == value for key, value in fault.items()):
                 if fault["action"] == "exit":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError(f"injected before {where}")
@@ -40,6 +43,12 @@ def register() -> None:
         from sglang.srt.layers.quantization import fp8
 
         fp8._is_cpu = False
+    if os.environ.get("SGLANG_DRAFTS_WITHOUT_KERNELS"):
+        for target in (
+            "mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
+            "speculative.draft_utils.DraftBackendFactory.create_draft_extend_backend",
+        ):
+            HookRegistry.register(f"sglang.srt.{target}", lambda _: None, HookType.REPLACE)
     if os.environ.get("SGLANG_NATIVE_OPS"):
         for target, function in native_ops().items():
             HookRegistry.register(f"sglang.srt.{target}", function, HookType.REPLACE)
