@@ -35,12 +35,11 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import make_device
 from ckpt_engine.metadata import Metas, metas_from_json, metas_to_json, topology
 from ckpt_engine.planning.plan import PlannedBucket, make_plan
-from ckpt_engine.planning.reads import choose_receivers
+from ckpt_engine.planning.reads import choose_receivers, staging_shape
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.settings import load_settings
 from ckpt_engine.timeline.recorder import NO_RECORDER
 from ckpt_engine.transport.leases import Lease, Share
-from ckpt_engine.update.inflow import staging_shape
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.p2p_reader import P2PReader
 

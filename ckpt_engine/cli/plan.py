@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_engine.cli import AsJson, Verbose, format_nbytes, print_table, printable, table_console
+from ckpt_engine.cli.predictions import numbers_up_to, show_join, show_joins, show_prediction
 
 if TYPE_CHECKING:
     from ckpt_engine.metadata import Metas
     from ckpt_engine.planning.cluster import Cluster
+    from ckpt_engine.planning.joins import Slots
     from ckpt_engine.planning.plan import UpdatePlan
-    from ckpt_engine.planning.prediction import Prediction
 
 _SHOWN_BUCKETS = 20
 
@@ -42,6 +43,15 @@ def plan_update(
         typer.Option(
             help="A cluster's description (TOML or JSON): predicts how long the update would take there. It "
             "may describe the checkpoint, too, in place of a path."
+        ),
+    ] = None,
+    joiners: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --cluster: fleets like it join another one by P2P, so many at once. Shows one join's "
+            "stages, with each assignment of receivers, and how long 1, 2, 4 and so on take.",
+            show_default=False,
         ),
     ] = None,
     slot_mib: Annotated[
@@ -72,27 +82,38 @@ def plan_update(
     by simulating just this plan. Touches no device.
     """
     from ckpt_engine.planning.cluster import load_cluster
+    from ckpt_engine.planning.joins import Slots
     from ckpt_engine.planning.plan import make_plan
     from ckpt_engine.planning.prediction import predict
     from ckpt_engine.settings import GiB, load_settings
 
+    if joiners is not None and cluster is None:
+        raise typer.BadParameter("say who joins, with --cluster", param_hint="--joiners")
     _check_positive(slot_mib, "--slot-mib")
     _check_positive(free_memory_gib, "--free-memory-gib")
     settings = load_settings()
     if slot_mib is not None:
         settings = settings.model_copy(update={"slot_mib": slot_mib})
     described = None if cluster is None else load_cluster(cluster)
-    metas = _metas(path, world_size, described)
     kind = device.value if described is None else described.device
-    plan = make_plan(
-        str(path or "the described checkpoint"),
-        metas,
+    slots = Slots(
         slot_nbytes=settings.slot_nbytes(kind),
-        staging=len(metas) > 1 and kind != "cpu",
         slot_count=slot_count or settings.slot_count,
         budget=sys.maxsize
         if free_memory_gib is None
         else int(int(free_memory_gib * GiB) * settings.mem_fraction),
+    )
+    if described is not None and joiners is not None:
+        _joins(path, world_size, described, slots, joiners, as_json=as_json, all_buckets=all_buckets)
+        return
+    metas = _metas(path, world_size, described)
+    plan = make_plan(
+        str(path or "the described checkpoint"),
+        metas,
+        slot_nbytes=slots.slot_nbytes,
+        slot_count=slots.slot_count,
+        budget=slots.budget,
+        staging=len(metas) > 1 and kind != "cpu",
     )
     predicted = None if described is None else predict(plan, described)
     if as_json:
@@ -101,25 +122,53 @@ def plan_update(
         return
     _show(plan, len(metas), len(plan.buckets) if all_buckets else 0 if described else _SHOWN_BUCKETS)
     if described is not None and predicted is not None:
-        _show_prediction(described, predicted)
+        show_prediction(described, predicted)
 
 
-def _metas(path: Path | None, world_size: int | None, cluster: Cluster | None) -> Metas:
+def _joins(
+    path: Path | None,
+    world_size: int | None,
+    cluster: Cluster,
+    slots: Slots,
+    joiners: int,
+    *,
+    as_json: bool,
+    all_buckets: bool,
+) -> None:
+    from ckpt_engine.planning.joins import owners_of, plan_join, predict_join, predict_joins
+
+    owners = owners_of(_metas(path, world_size, cluster, of_owners=True), cluster)
+    plan = plan_join(owners, cluster, slots).plan
+    one = predict_join(owners, cluster, slots)
+    many = predict_joins(owners, cluster, slots, numbers_up_to(joiners))
+    if as_json:
+        predicted = {"predicted": asdict(one), "joins": [asdict(row) for row in many]}
+        typer.echo(json.dumps(plan.to_dict() | predicted))
+        return
+    _show(plan, cluster.world_size, len(plan.buckets) if all_buckets else 0)
+    show_join(cluster, one)
+    show_joins(plan.nbytes, many)
+
+
+def _metas(
+    path: Path | None, world_size: int | None, cluster: Cluster | None, *, of_owners: bool = False
+) -> Metas:
+    """Of the ranks that hold the checkpoint: the cluster's own, or those that it joins."""
     from ckpt_engine.planning.cluster import synthetic_metas
 
     if cluster is None:
         if path is None or world_size is None:
             raise typer.BadParameter("give a path and --world-size, or --cluster")
         return metas_from_headers(path, world_size)
-    if world_size not in (None, cluster.world_size):
-        raise typer.BadParameter(
-            f"{world_size}, but the cluster has {cluster.world_size} ranks", param_hint="--world-size"
-        )
+    size = cluster.joined.world_size if of_owners else cluster.world_size
+    if world_size not in (None, size):
+        whose = "owners have" if of_owners else "cluster has"
+        raise typer.BadParameter(f"{world_size}, but the {whose} {size} ranks", param_hint="--world-size")
     if path is not None:
-        return metas_from_headers(path, cluster.world_size)
+        return metas_from_headers(path, size)
     if cluster.checkpoint is None:
         raise typer.BadParameter("give a path, or describe the checkpoint in the cluster's file")
-    return synthetic_metas(cluster.checkpoint, cluster.world_size)
+    return synthetic_metas(cluster.checkpoint, size)
 
 
 def metas_from_headers(path: Path, world_size: int) -> Metas:
@@ -151,43 +200,6 @@ def _check_positive(value: float | None, option: str) -> None:
         raise typer.BadParameter(f"{value} is not a finite number above 0", param_hint=option)
 
 
-def _show_prediction(cluster: Cluster, predicted: Prediction) -> None:
-    console = table_console()
-    console.print(
-        f"{printable(cluster.name)}, {cluster.world_size} ranks: {predicted.seconds:.3f} s by the model; the "
-        f"buckets' time is mostly {predicted.bottleneck}'s"
-    )
-    print_table(
-        console,
-        "Predicted stages",
-        (("stage", False), ("s", True)),
-        ((name, f"{seconds:.4f}") for name, seconds in predicted.stages.items()),
-    )
-    print_table(
-        console,
-        "The busiest link of each kind",
-        (
-            ("link", False),
-            ("links", True),
-            ("bytes", True),
-            ("s busy", True),
-            ("GB/s", True),
-            ("limit", True),
-        ),
-        (
-            (
-                use.kind,
-                str(use.count),
-                format_nbytes(use.nbytes),
-                f"{use.busy:.4f}",
-                f"{use.rate:.2f}",
-                f"{use.capacity:.2f}",
-            )
-            for use in predicted.links
-        ),
-    )
-
-
 def _show(plan: UpdatePlan, world_size: int, shown: int) -> None:
     console = table_console()
     console.print(
@@ -199,7 +211,9 @@ def _show(plan: UpdatePlan, world_size: int, shown: int) -> None:
         f"{format_nbytes(plan.ring.nbytes)} ({plan.ring.nbytes} bytes) on each device"
     )
     if plan.staging_nbytes:
-        console.print(f"staging: {format_nbytes(plan.staging_nbytes)} more on the device of each owner")
+        console.print(
+            f"staging: {format_nbytes(plan.staging_nbytes)} more on the device of each rank that broadcasts"
+        )
     print_table(
         console,
         "Owners",

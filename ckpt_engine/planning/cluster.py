@@ -16,6 +16,14 @@ bucket = 0.0002         # a bucket's, in each worker
 [checkpoint]            # where no path is given
 gb = 470.0
 tensors = 36945
+
+[p2p]                   # for --joiners
+nic = 24.0              # GB/s through one RDMA device, each way
+nics = 8                # RDMA devices of a host
+
+[owners]                # whom they join, where that is another fleet than one like this
+hosts = 2
+ranks_per_host = 8
 """
 
 from __future__ import annotations
@@ -51,7 +59,8 @@ class Rates(_Model):
 
 class Seconds(_Model):
     """What is not bytes. A stage's own time by its name; `bucket` and `tensor` in each worker; `step` for
-    each doubling of the number of hosts, in each broadcast."""
+    each doubling of the number of hosts, in each broadcast; `read` for each bucket that is read by P2P;
+    `announce` from a joiner's begin to the next one's, of those who come at once."""
 
     begin: float = Field(0.0, ge=0)
     handshake: float = Field(0.0, ge=0)
@@ -62,6 +71,8 @@ class Seconds(_Model):
     bucket: float = Field(0.0, ge=0)
     tensor: float = Field(0.0, ge=0)
     step: float = Field(0.0, ge=0)
+    read: float = Field(0.0, ge=0)
+    announce: float = Field(0.0, ge=0)
 
 
 class Synthetic(_Model):
@@ -71,20 +82,56 @@ class Synthetic(_Model):
     tensors: int = Field(ge=1)
 
 
+class P2P(_Model):
+    """How ranks read from other hosts: `nics` RDMA devices in each, dealt to its ranks as by `share_out`,
+    each of `nic` GB/s in each direction. No RDMA device: `nic` is a host's network."""
+
+    nic: float = Field(gt=0)
+    nics: int = Field(0, ge=0)
+    at_once: int = Field(4, ge=1, description="reads of one receiver")
+    readers: int = Field(4, ge=1, description="updates that read an owner: CKPT_ENGINE_P2P_READERS")
+
+
+class Owners(_Model):
+    """A fleet that is joined. `nic`, `nics`: where they are not the joiners'."""
+
+    hosts: int = Field(1, ge=1)
+    ranks_per_host: int = Field(ge=1)
+    nic: float | None = Field(None, gt=0)
+    nics: int | None = Field(None, ge=0)
+
+    @property
+    def world_size(self) -> int:
+        return self.hosts * self.ranks_per_host
+
+
 class Cluster(_Model):
-    """`hosts` alike, each with `ranks_per_host` ranks, one device each."""
+    """`hosts` alike, each with `ranks_per_host` ranks, one device each.
+
+    `figures`: where its figures come from; `measured`: seconds of the whole update, or of one join where
+    there is `p2p`, if somebody measured them: they are shown beside the model's, and do not go into it.
+    """
 
     name: str
+    figures: str = ""
+    measured: float | None = Field(None, gt=0)
     device: Literal["cuda", "npu", "cpu"] = "cuda"
     hosts: int = Field(1, ge=1)
     ranks_per_host: int = Field(ge=1)
     rates: Rates
     seconds: Seconds = Seconds()
     checkpoint: Synthetic | None = None
+    p2p: P2P | None = None
+    owners: Owners | None = None
 
     @property
     def world_size(self) -> int:
         return self.hosts * self.ranks_per_host
+
+    @property
+    def joined(self) -> Owners:
+        """The fleet that it joins."""
+        return self.owners or Owners(hosts=self.hosts, ranks_per_host=self.ranks_per_host)
 
     def host_of(self, rank: int) -> int:
         return rank // self.ranks_per_host

@@ -65,6 +65,11 @@ def fan_out(joiners: int, *, owner_readers: int, joiner_readers: int) -> FanOut:
     return FanOut(sources=tuple(sources), owner_readers=owner_readers, joiner_readers=joiner_readers)
 
 
+def chain(joiners: int) -> FanOut:
+    """The trees that joiners form: each reads the one before it. No other ones are faster by the model."""
+    return fan_out(joiners, owner_readers=1, joiner_readers=1)
+
+
 def predict_fan_out(plan: FanOut, buckets: Sequence[int], rates: FanOutRates) -> PredictedFanOut:
     """Simulates the plan: each joiner reads the buckets, of these sizes in bytes, one after the other, each
     as soon as its source has it."""

@@ -21,6 +21,15 @@ from ckpt_engine.planning.receivers import (
 
 S = TypeVar("S", bound=HasSize)
 
+STAGING_NBYTES = 128 * 1024 * 1024
+"""About as much as a receiver reads ahead, in at least 3 and at most 8 buckets."""
+
+
+def staging_shape(items: Sequence[HasSize]) -> tuple[int, int]:
+    """Bytes of a place in the staging buffer of whoever reads these, and how many places it has."""
+    nbytes = max(item.nbytes for item in items)
+    return nbytes, min(max(STAGING_NBYTES // max(nbytes, 1), 3), 8, len(items))
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ReadRates:

@@ -22,7 +22,7 @@ from ckpt_engine.errors import ConfigError, ErrorRecord, P2PError, P2PUnavailabl
 from ckpt_engine.gathered import Senders
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json, topology
 from ckpt_engine.planning.plan import Assignment, PlannedBucket, UpdatePlan
-from ckpt_engine.planning.reads import choose_receivers
+from ckpt_engine.planning.reads import choose_receivers, staging_shape
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.timeline.recorder import Recorder
 from ckpt_engine.transport.leases import Announcement, Lease, Share
@@ -39,14 +39,6 @@ TRY_SECONDS = 0.5
 """How long one fleet of several may take to admit this update before the next one is asked."""
 GRANT_SECONDS = 10.0
 """How long an owner that has admitted this update may take to grant a lease."""
-STAGING_NBYTES = 128 * 1024 * 1024
-"""About as much as a receiver reads ahead, in at least 3 and at most 8 buckets."""
-
-
-def staging_shape(items: Sequence[PlannedBucket]) -> tuple[int, int]:
-    """Bytes of a place in the staging buffer of whoever reads these, and how many places it has."""
-    nbytes = max(item.nbytes for item in items)
-    return nbytes, min(max(STAGING_NBYTES // max(nbytes, 1), 3), 8, len(items))
 
 
 @dataclass(kw_only=True)

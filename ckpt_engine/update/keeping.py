@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.arena import HostArena
 from ckpt_engine.host_memory import HostMemoryPinner
-from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta, align_up
+from ckpt_engine.metadata import RankMetas
+from ckpt_engine.planning.kept import KeptLayout
 from ckpt_engine.planning.plan import PlannedBucket
 from ckpt_engine.planning.sources import Sources
 from ckpt_engine.update.p2p_ends import P2PEnds
@@ -44,18 +44,10 @@ class KeptShare:
         self, name: str, items: Sequence[PlannedBucket], sources: Sources, pinner: HostMemoryPinner | None
     ) -> None:
         self._pinner = pinner
-        self._places: list[tuple[int, int]] = []
-        self._present: dict[int, int] = {}
-        end = 0
-        for item in items:
-            self._places.append((end, item.nbytes))
-            end = align_up(end + item.nbytes)
-        self._arena = HostArena(end)
-        buffers: list[HostBufferMeta] = []
-        for item, (start, nbytes) in zip(items, self._places, strict=True):
-            buffers += _buffers_of(item, self._arena.address + start, nbytes, sources)
-            self._present[item.index] = len(buffers)
-        self.checkpoint = HostCheckpoint.of_memory(name, self._arena, tuple(buffers))
+        self._layout = KeptLayout(items, sources)
+        self._arena = HostArena(self._layout.nbytes)
+        buffers = self._layout.buffers(self._arena.address)
+        self.checkpoint = HostCheckpoint.of_memory(name, self._arena, buffers)
         self._come = self._next = 0
 
     def prepare(self) -> None:
@@ -76,7 +68,7 @@ class KeptShare:
         """As of `reading.Landing`; each bucket has its place."""
         number = self._next
         self._next += 1
-        start, room = self._places[number]
+        start, room = self._layout.places[number]
         assert nbytes == room
         memory = self._arena.view(start, nbytes)
         return Place(address=self._arena.address + start, memory=memory, number=number, of=self)
@@ -87,7 +79,7 @@ class KeptShare:
     def came(self, item: PlannedBucket, serving: Serving) -> None:
         """A bucket's bytes are right: others may read it."""
         self._come += 1
-        serving.came(self.checkpoint.name, self._present[item.index])
+        serving.came(self.checkpoint.name, self._layout.present[item.index])
 
     @property
     def address(self) -> int:
@@ -96,26 +88,3 @@ class KeptShare:
     def close(self) -> None:
         """Frees it. Idempotent."""
         self.checkpoint.close()
-
-
-def _buffers_of(item: PlannedBucket, address: int, nbytes: int, sources: Sources) -> list[HostBufferMeta]:
-    """A bucket as host buffers: one for each run of tensors from one share."""
-    runs = groupby(item.bucket.tensors, key=lambda tensor: sources.origin_of(tensor.name))
-    return [
-        HostBufferMeta(
-            address=address,
-            nbytes=nbytes,
-            origin=origin,
-            tensors=tuple(
-                TensorMeta(
-                    name=tensor.name,
-                    dtype=tensor.dtype,
-                    shape=tensor.shape,
-                    offset=tensor.offset,
-                    nbytes=tensor.nbytes,
-                )
-                for tensor in tensors
-            ),
-        )
-        for origin, tensors in runs
-    ]

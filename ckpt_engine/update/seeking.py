@@ -15,7 +15,7 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError, P2PError
 from ckpt_engine.gathered import Senders
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
-from ckpt_engine.planning.fanout import OWNERS, fan_out
+from ckpt_engine.planning.fanout import OWNERS, chain
 from ckpt_engine.planning.sources import check_fleets
 from ckpt_engine.transport.lease_messages import Found
 from ckpt_engine.transport.leases import Announcement, Share
@@ -24,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 SEEK_SECONDS = 60.0
 """How long a directory may take to answer: those who came before are to announce themselves first."""
-READERS = 1
-"""Of the owners, and of each joiner, in the trees that joiners form."""
 
 
 @dataclass(kw_only=True, frozen=True)
@@ -70,7 +68,7 @@ def others_of(found: Found | None, senders: Senders) -> Others:
         if fleet is not None:
             numbers[group] = len(owners) + len(fleets)
             fleets.append(fleet)
-    source = fan_out(found.place + 1, owner_readers=READERS, joiner_readers=READERS).sources[found.place]
+    source = chain(found.place + 1).sources[found.place]
     if source == OWNERS or source not in numbers:
         source = max(numbers, default=OWNERS)
     before = [] if source == OWNERS else [numbers.pop(source)]

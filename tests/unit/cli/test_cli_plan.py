@@ -115,3 +115,35 @@ def test_a_described_cluster_is_predicted(cli: Cli, tmp_path: Path, checkpoint: 
     assert "two, 2 ranks" in result.output
     for bad in (("--cluster", file, "--world-size", 3), (checkpoint,), ("--world-size", 2)):
         assert cli("plan", *bad).exit_code == 2
+
+
+def test_joins_are_predicted(cli: Cli, tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "cluster.json"
+    described = {
+        "name": "new",
+        "figures": "made up",
+        "measured": 7.5,
+        "ranks_per_host": 2,
+        "rates": {"h2d": 1, "reload": 1},
+        "checkpoint": {"gb": 0.001, "tensors": 10},
+        "p2p": {"nic": 1, "nics": 2},
+        "owners": {"ranks_per_host": 3, "nics": 3},
+    }
+    file.write_text(json.dumps(described))
+    found = json.loads(cli("plan", "--cluster", file, "--joiners", 5, "--json").output)
+    assert [row["joiners"] for row in found["joins"]] == [1, 2, 4, 5]
+    assert set(found["predicted"]["assigned"]) == {"rounds", "balanced"}
+    assert {bucket["receiver"] for bucket in found["buckets"]} == {0, 1}
+    assert sorted(found["owners"]) == ["0", "1", "2"]
+    result = cli("plan", checkpoint, "--cluster", file, "--joiners", 1)
+    assert result.exit_code == 0, result.output
+    assert "2 ranks join 3 by P2P" in result.output
+    assert "by the model, 7.500 s were measured" in result.output
+    assert "the model's figures: made up" in result.output
+    assert cli("plan", checkpoint, "--world-size", 2, "--joiners", 2).exit_code == 2
+    assert cli("plan", "--cluster", file, "--world-size", 2, "--joiners", 2).exit_code == 2
+    del described["p2p"]
+    file.write_text(json.dumps(described))
+    result = cli("plan", "--cluster", file, "--joiners", 2)
+    assert result.exit_code == 1
+    assert "[p2p] table" in result.stderr
