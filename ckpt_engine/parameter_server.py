@@ -34,6 +34,7 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.gathered import GatheredMetas, Senders
 from ckpt_engine.gathering import Gathering
+from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import load_settings
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
@@ -423,17 +424,23 @@ class ParameterServer:
             self.mem_fraction,
             self._device,
             self._p2p.reading,
-            lambda: self._meeting_point(deadline),
+            lambda directory: self._meeting_point(directory, deadline),
             deadline,
         )
         return self._me
 
-    def _meeting_point(self, deadline: Deadline) -> MeetingPoint:
+    def _meeting_point(self, directory: SocketDirectory, deadline: Deadline) -> MeetingPoint:
         """The caller's store where the caller manages the groups and has one; else our own."""
         if not self.auto_pg and dist.is_initialized() and not self._owns_default_group:
             return store_of_caller(self.rank, self.world_size, self._master_addr)
         return own_store(
-            self.rank, self.world_size, self._master_addr, self._master_port, self.settings, deadline
+            self.rank,
+            self.world_size,
+            self._master_addr,
+            self._master_port,
+            self.settings,
+            deadline,
+            directory,
         )
 
     # Ending

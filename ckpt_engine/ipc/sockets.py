@@ -1,8 +1,10 @@
 """Where sockets live: a directory of this process alone, mode 0700, gone with it.
 
     {base}/                      0700, owned by this user (CKPT_ENGINE_SOCKET_DIR)
+      control-{port}             link to the directory of rank 0, where all ranks are on one host
       {random}/                  one per parameter server, 0700
         lock                     flock held while its owner lives
+        control                  rank 0's control server, where all ranks are on one host
         w-{token}                the worker's ZeroMQ socket; w-{token}.life its lifeline
         peer                     where the host's other ranks connect
 
@@ -22,6 +24,7 @@ import socket
 import stat
 import struct
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import zmq
@@ -51,6 +54,7 @@ class SocketDirectory:
         self._lock = os.open(made, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         made.rename(self.path / "lock")
+        self._published: Path | None = None
         self._check_length()
 
     def _check_length(self) -> None:
@@ -70,17 +74,53 @@ class SocketDirectory:
     def peer_path(self) -> str:
         return str(self.path / "peer")
 
+    def publish(self, port: int) -> None:
+        """From now on this user's other processes find this directory at `published_directory`."""
+        link = self.path / "published"
+        link.symlink_to(self.path.name)
+        with locked(self.base):
+            self._published = link.rename(published_directory(self.base, port))
+
     def close(self) -> None:
         """Removes the directory. Idempotent."""
         if self._lock >= 0:
+            if self._published is not None:
+                with locked(self.base), contextlib.suppress(OSError):
+                    if os.readlink(self._published) == self.path.name:  # not another's by now
+                        self._published.unlink()
             shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = -1
 
 
+def published_directory(base: Path, port: int) -> Path:
+    return base / f"control-{port}"
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Holds a lock on the directory itself."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
 def sweep(base: Path) -> None:
-    """Removes the directories whose owners died."""
+    """Removes the directories whose owners died, and links to them."""
+    _sweep_directories(base)
+    with locked(base):
+        for link in base.glob("control-*"):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
+
+
+def _sweep_directories(base: Path) -> None:
     for directory in base.iterdir():
+        if directory.is_symlink():
+            continue
         lock = directory / "lock"
         try:
             fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -121,13 +161,13 @@ def tune(sock: zmq.Socket[bytes], max_nbytes: int) -> None:
     sock.setsockopt(zmq.LINGER, 0)
 
 
-def listen(path: str) -> socket.socket:
+def listen(path: str, backlog: int = 64) -> socket.socket:
     """A listening Unix stream socket that only this user can reach."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.bind(path)
         os.chmod(path, 0o600)
-        sock.listen(64)
+        sock.listen(backlog)
         sock.setblocking(False)
     except BaseException:
         sock.close()

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import ipaddress
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from ckpt_engine.errors import ConfigError
-from ckpt_engine.ipc.sockets import MAX_PATH_NBYTES, default_directory, listen, private_directory
+from ckpt_engine.ipc.sockets import MAX_PATH_NBYTES, default_directory, listen, locked, private_directory
 from ckpt_engine.settings import Settings
 
 
@@ -41,7 +39,8 @@ class UnixListener:
                 f"--uds {self.path}: {self.path.parent} must be a directory of this user that nobody else "
                 "may enter (mode 0700): who can connect can change an engine's weights"
             ) from None
-        with _locked(self.path.parent):
+        # Two servers that start at once must not both take a dead one's place.
+        with locked(self.path.parent):
             self._make_room()
             try:
                 self.sock = listen(str(self.path))
@@ -56,7 +55,7 @@ class UnixListener:
         """Idempotent. Leaves a file alone that is another server's by now."""
         self.sock.close()
         # A directory that is gone took the socket with it.
-        with suppress(FileNotFoundError), _locked(self.path.parent):
+        with suppress(FileNotFoundError), locked(self.path.parent):
             if self.path.lstat().st_ino == self._inode:
                 self.path.unlink()
         self._inode = -1
@@ -134,14 +133,3 @@ def read_token(settings: Settings) -> str | None:
     if not token or not all("!" <= c <= "~" for c in token):
         raise ConfigError("CKPT_ENGINE_API_TOKEN must be visible ASCII without blanks; unset it for no token")
     return token
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Two servers that start at once must not both take a dead one's place."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)

@@ -1,28 +1,51 @@
-"""Where ranks find each other: torch's store, of our own or of the caller's default group."""
+"""Where ranks find each other.
+
+On several hosts that is torch's store, of our own or of the caller's default group. On one host it is a Unix
+socket in this user's directory for them: the store listens on TCP and asks nobody who they are, so it is made
+only where torch's groups are to meet on it.
+"""
 
 from __future__ import annotations
 
 import itertools
 import socket
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
+from functools import cached_property, partial
+from pathlib import Path
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ConfigError
+from ckpt_engine.ipc.sockets import SocketDirectory, published_directory
 from ckpt_engine.settings import Settings
+
+CONTROL_SOCKET = "control"
+LATE_SECONDS = 60.0
+"""How long ranks may take to meet at a store that is made after the ranks met."""
 
 _GENERATIONS = itertools.count()
 
 
-@dataclass(frozen=True, slots=True)
 class MeetingPoint:
-    """A store that all ranks reach; `address`: where rank 0 may be reached for other things too."""
+    """What all ranks reach.
 
-    store: Store
-    address: str
+    Args:
+        store: makes the store, when it is first used.
+        address: where rank 0 may be reached for other things too.
+        path: on one host: the Unix socket of rank 0's control server; None: the store tells where that is.
+    """
+
+    def __init__(self, store: Callable[[], Store], address: str, path: Path | None = None) -> None:
+        self._make_store = store
+        self.address = address
+        self.path = path
+
+    @cached_property
+    def store(self) -> Store:
+        return self._make_store()
 
 
 def place_of(rank: int | None, world_size: int | None, settings: Settings) -> tuple[int, int]:
@@ -56,13 +79,22 @@ def store_of_caller(rank: int, world_size: int, address: str | None) -> MeetingP
     # The store outlives a parameter server: the next one must not find the last one's keys.
     prefix = f"ckpt-engine/{next(_GENERATIONS)}"
     store = PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-    return MeetingPoint(store, address or host_ip(None))
+    return MeetingPoint(lambda: store, address or host_ip(None))
 
 
 def own_store(
-    rank: int, world_size: int, address: str | None, port: int | None, settings: Settings, deadline: Deadline
+    rank: int,
+    world_size: int,
+    address: str | None,
+    port: int | None,
+    settings: Settings,
+    deadline: Deadline,
+    directory: SocketDirectory | None = None,
 ) -> MeetingPoint:
     """A TCPStore of our own, served by rank 0 at `address` (MASTER_ADDR) and `port` (MASTER_PORT + 1).
+
+    Args:
+        directory: this rank's; with it the ranks of one host meet there, and the store is made when used.
 
     Raises:
         ConfigError: nothing says where rank 0 is, or it cannot be served or reached there.
@@ -79,15 +111,29 @@ def own_store(
             f"world_size={world_size}, but nothing says where rank 0 is: give master_addr and "
             "master_port, or start the ranks with torchrun (MASTER_ADDR, MASTER_PORT)"
         )
-    timeout = timedelta(seconds=max(1.0, deadline.remaining))
+    store = partial(_tcp_store, rank, world_size, address, port, deadline)
+    # A launcher that starts all ranks of the world on this host says so.
+    if directory is None or (world_size > 1 and settings.local_world_size != world_size):
+        point = MeetingPoint(store, address)
+        _ = point.store
+        return point
+    if rank:
+        return MeetingPoint(store, address, published_directory(directory.base, port) / CONTROL_SOCKET)
+    if world_size > 1:
+        directory.publish(port)
+    return MeetingPoint(store, address, directory.path / CONTROL_SOCKET)
+
+
+def _tcp_store(rank: int, world_size: int, address: str, port: int, deadline: Deadline) -> Store:
+    # A store that is made late must not have the rest of a deadline that is past.
+    timeout = timedelta(seconds=deadline.remaining if deadline.remaining > 1.0 else LATE_SECONDS)
     try:
         if rank:
-            store = TCPStore(address, port, world_size, timeout=timeout, wait_for_workers=False)
-            return MeetingPoint(store, address)
+            return TCPStore(address, port, world_size, timeout=timeout, wait_for_workers=False)
         # Bound to the address that the others use, not to every interface of the host.
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((address, port), family=family, backlog=1024)
-        store = TCPStore(
+        return TCPStore(
             address,
             listener.getsockname()[1],
             world_size,
@@ -101,7 +147,6 @@ def own_store(
             f"rank {rank} cannot {'serve' if rank == 0 else 'reach'} the control store at {address}:{port}: "
             f"{error}. It is MASTER_ADDR and MASTER_PORT + 1 unless master_addr and master_port are given"
         ) from error
-    return MeetingPoint(store, address)
 
 
 def host_ip(towards: str | None) -> str:

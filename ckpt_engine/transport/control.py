@@ -4,8 +4,8 @@ Ranks act in *rounds* (a gather or an update). In a round every member brings so
 brought; a round of an update ends with one verdict, written by the control server in rank 0's process
 (`control_server`). Each rank has one connection to it: its end is death, on either side.
 
-torch's store stands beside it (`bootstrap`): it tells ranks where the control server is, and torch's
-process groups meet on it.
+torch's store stands beside it (`bootstrap`): torch's process groups meet on it, and it tells the ranks of
+several hosts where the control server is. On one host that is a Unix socket in this user's own directory.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ import time
 import zlib
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
+
+from torch._C._distributed_c10d import Store
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import (
@@ -43,6 +46,8 @@ ANSWER_SECONDS = 10.0
 """How long the control server may take to say how a round was decided."""
 COMPRESSED_NBYTES = 4096
 """Of a rank's payload, from which on it is compressed."""
+CONNECT_SECONDS = 0.02
+"""Between two tries to reach rank 0 on a Unix socket."""
 EXIT_SECONDS = 10.0
 """How long rank 0, which serves the others, waits at its end for them to have read the last verdict."""
 
@@ -70,7 +75,7 @@ class Control:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.store = meeting_point.store
+        self._meeting_point = meeting_point
         self._stall = stall_seconds
         self._calls = 0
         self._by_call: dict[int, Round] = {}
@@ -82,29 +87,52 @@ class Control:
         self._server: ControlServer | None = None
         try:
             if rank == 0:
-                token = secrets.token_hex(16)
-                self._server = ControlServer(meeting_point.address, world_size, token, stall_seconds, port)
-                where = {"address": meeting_point.address, "port": self._server.port, "token": token}
-                self.store.set("control", json.dumps(where))
+                self._serve(port)
             self._sock = self._join(deadline)
         except (OSError, RuntimeError) as error:
             if self._server is not None:
                 self._server.close(0)
+            where = f"address {meeting_point.address}, {f'port {port}' if port else 'any port'}"
+            if meeting_point.path is not None:
+                where = f"{meeting_point.path}: all ranks of this host need the same CKPT_ENGINE_SOCKET_DIR"
             raise ConfigError(
                 f"rank {rank} cannot {'serve' if rank == 0 else 'reach'} the control server of rank 0 "
-                f"(address {meeting_point.address}, {f'port {port}' if port else 'any port'}): {error}"
+                f"({where}): {error}"
             ) from error
         self._thread = threading.Thread(target=self._listen, name="ckpt-engine-control", daemon=True)
         self._thread.start()
 
-    def _join(self, deadline: Deadline) -> socket.socket:
+    @property
+    def store(self) -> Store:
+        """Where torch's groups meet."""
+        return self._meeting_point.store
+
+    def _serve(self, port: int) -> None:
+        point = self._meeting_point
+        if point.path is not None:
+            self._server = ControlServer(point.path, self.world_size, "", self._stall)
+            return
+        token = secrets.token_hex(16)
+        self._server = ControlServer(point.address, self.world_size, token, self._stall, port)
+        where = {"address": point.address, "port": self._server.port, "token": token}
+        self.store.set("control", json.dumps(where))
+
+    def _connect(self, deadline: Deadline) -> tuple[socket.socket, str]:
+        """A connection to the control server, and what it wants to be shown."""
+        if self._meeting_point.path is not None:
+            # The kernel tells both sides who the other one is.
+            return _connect_to(self._meeting_point.path, deadline), ""
         self.store.wait(["control"], timedelta(seconds=max(0.001, deadline.remaining)))
         where = json.loads(self.store.get("control"))
         address = (where["address"], where["port"])
         sock = socket.create_connection(address, timeout=max(0.001, deadline.remaining))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock, where["token"]
+
+    def _join(self, deadline: Deadline) -> socket.socket:
+        sock, token = self._connect(deadline)
         try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            join = messages.Join(messages.CONTROL_PROTOCOL, where["token"], self.rank, os.getpid())
+            join = messages.Join(messages.CONTROL_PROTOCOL, token, self.rank, os.getpid())
             sock.sendall(messages.encode_frame(join))
             welcome = messages.encode_frame(messages.Welcome())
             if receive(sock, len(welcome)) != welcome:
@@ -251,6 +279,25 @@ class Control:
             for round_ in self._by_call.values():
                 round_.wake()
             self._news.notify_all()
+
+
+def _connect_to(path: Path, deadline: Deadline) -> socket.socket:
+    """Connects to a Unix socket, once it is there. Raises OSError: it is not, at the deadline."""
+    while True:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(max(0.001, deadline.remaining))
+            sock.connect(str(path))
+            return sock
+        except (FileNotFoundError, ConnectionRefusedError):
+            # Rank 0 has not come yet, or what is there is of a dead one.
+            sock.close()
+            if deadline.passed:
+                raise
+            time.sleep(CONNECT_SECONDS)
+        except BaseException:
+            sock.close()
+            raise
 
 
 class Round:

@@ -17,10 +17,12 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ckpt_engine.errors import ProtocolError
+from ckpt_engine.ipc.sockets import check_peer, listen
 from ckpt_engine.transport import control_messages as messages
-from ckpt_engine.transport.framing import FrameBuffer
+from ckpt_engine.transport.framing import OUT_OF_DESCRIPTORS, FrameBuffer
 from ckpt_engine.transport.rounds import Rounds
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,10 @@ logger = logging.getLogger(__name__)
 BEAT_SECONDS = 1.0
 JOIN_SECONDS = 10.0
 """How long a new connection may take to show the token."""
+MAX_STRANGERS = 64
+"""Connections that have not shown it yet, or as many as there are ranks: the oldest goes when one too many
+comes, for each takes a descriptor of a process that an update needs descriptors of."""
+BACKLOG = 1024
 
 
 @dataclass(eq=False)
@@ -43,16 +49,22 @@ class ControlServer:
     """Serves `world_size` ranks until closed."""
 
     def __init__(
-        self, address: str, world_size: int, token: str, stall_seconds: float, port: int = 0
+        self, address: str | Path, world_size: int, token: str, stall_seconds: float, port: int = 0
     ) -> None:
         self._world_size = world_size
         self._token = token
         self._stall = stall_seconds
-        self._listener = socket.create_server((address, port), family=_family(address), backlog=1024)
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
+        self._local = isinstance(address, Path)
+        if isinstance(address, Path):
+            self._listener = listen(str(address), BACKLOG)
+            self.port = 0
+        else:
+            self._listener = socket.create_server((address, port), family=_family(address), backlog=BACKLOG)
+            self._listener.setblocking(False)
+            self.port = self._listener.getsockname()[1]
+        self._deaf_until = 0.0
         self._clients: dict[int, _Client] = {}
-        self._strangers: set[_Client] = set()
+        self._strangers: dict[_Client, None] = {}  # in the order in which they came
         self._rounds = Rounds(self._tell)
         self._beaten = time.monotonic()
         self._idle = threading.Condition()
@@ -96,12 +108,26 @@ class ControlServer:
     def _accept(self) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:
+                logger.warning("control server: no connections are accepted for a second: %s", error)
+                self._selector.unregister(self._listener)
+                self._deaf_until = time.monotonic() + 1.0
             return
+        try:
+            if self._local:
+                check_peer(sock)
+            else:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        except (OSError, ProtocolError) as error:
+            logger.warning("control server: %s", error)
+            sock.close()
+            return
+        if len(self._strangers) >= max(MAX_STRANGERS, self._world_size):
+            self._drop(next(iter(self._strangers)), "")  # the oldest
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client = _Client(sock, time.monotonic())
-        self._strangers.add(client)
+        self._strangers[client] = None
         self._selector.register(sock, selectors.EVENT_READ, client)
 
     def _attend(self, client: _Client, events: int) -> None:
@@ -132,6 +158,9 @@ class ControlServer:
         for client in list(self._strangers):
             if now - client.heard > JOIN_SECONDS:
                 self._drop(client, "")
+        if self._deaf_until and now > self._deaf_until:
+            self._deaf_until = 0.0
+            self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._rounds.look_at_the_clock()
         if now - self._beaten >= BEAT_SECONDS:
             self._beaten = now
@@ -169,7 +198,7 @@ class ControlServer:
             return
         self._selector.unregister(client.sock)
         client.sock.close()
-        self._strangers.discard(client)
+        self._strangers.pop(client, None)
         if client.rank is None or self._clients.get(client.rank) is not client:
             return
         del self._clients[client.rank]
@@ -211,7 +240,7 @@ class ControlServer:
             raise ProtocolError(f"a second rank {join.rank} (pid {join.pid})")
         client.rank = join.rank
         client.frames.limit = messages.MAX_FRAME_NBYTES
-        self._strangers.discard(client)
+        self._strangers.pop(client, None)
         self._clients[join.rank] = client
         self._send(client, messages.Welcome())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 from typing import TypeVar
@@ -11,6 +12,8 @@ import msgspec
 from ckpt_engine.errors import ProtocolError
 
 LENGTH = struct.Struct("<I")
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Errors of `accept` that come again at once: whoever listens must wait before it tries again."""
 
 M = TypeVar("M")
 _ENCODER = msgspec.msgpack.Encoder()

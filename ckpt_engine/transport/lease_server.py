@@ -9,7 +9,6 @@ in the order in which they came; leases of one reader count once.
 
 from __future__ import annotations
 
-import errno
 import hmac
 import logging
 import os
@@ -25,7 +24,7 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ConfigError, ProtocolError
 from ckpt_engine.transport import lease_messages as messages
 from ckpt_engine.transport.directory import Directory
-from ckpt_engine.transport.framing import FrameBuffer
+from ckpt_engine.transport.framing import OUT_OF_DESCRIPTORS, FrameBuffer
 from ckpt_engine.transport.lease_messages import LEASE_SECONDS, address_of
 
 logger = logging.getLogger(__name__)
@@ -204,7 +203,7 @@ class LeaseServer:
         try:
             sock, peer = self._listener.accept()
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            if error.errno in OUT_OF_DESCRIPTORS:
                 logger.warning("readers' connections are not accepted for a second: %s", error)
                 self._selector.unregister(self._listener)
                 self._deaf_until = time.monotonic() + 1.0

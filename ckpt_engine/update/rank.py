@@ -50,7 +50,7 @@ class Rank:
         mem_fraction: float,
         device: Device,
         reading: Reading,
-        meeting_point: Callable[[], MeetingPoint],
+        meeting_point: Callable[[SocketDirectory], MeetingPoint],
         deadline: Deadline,
     ) -> Rank:
         """Meets the other ranks at the meeting point.
@@ -60,8 +60,12 @@ class Rank:
         """
         directory = SocketDirectory(settings.socket_dir)
         try:
+            point = meeting_point(directory)
+            if world_size > 1 and device.type != "cpu":
+                # Their groups will meet on it: better now than in an update. (On a host's CPUs none is made.)
+                _ = point.store
             control = Control(
-                meeting_point(),
+                point,
                 rank=rank,
                 world_size=world_size,
                 deadline=deadline,
