@@ -143,6 +143,7 @@ class Receiver:
             for extent in extents
             for start in range(0, extent.nbytes, piece_nbytes)
         ]
+        depth = min(depth, len(pieces))
         places = self._reading.staging(piece_nbytes, depth)
         engine: Any = self._reading.store()._engine  # type: ignore[attr-defined]
         free = [places.arena.address + number * places.place_nbytes for number in range(depth)]

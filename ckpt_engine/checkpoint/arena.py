@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.restype = ctypes.c_int
 
 
 def default_threads() -> int:
@@ -210,6 +212,14 @@ def advise(address: int, nbytes: int, advice: int) -> int:
         return 0
     code = ctypes.get_errno()
     return 0 if code in (errno.EINVAL, errno.EINTR, errno.EAGAIN) else code
+
+
+def make_writable(address: int, nbytes: int) -> bool:
+    """Whether the pages of that range can be written from now on; not if they are a file's that is not open
+    for writing."""
+    begin = address - address % mmap.PAGESIZE
+    code: int = _libc.mprotect(begin, address + nbytes - begin, mmap.PROT_READ | mmap.PROT_WRITE)
+    return code == 0
 
 
 def _run_on(cpus: frozenset[int] | None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ckpt_engine.checkpoint.arena import PIECE_NBYTES, advise
+from ckpt_engine.checkpoint.arena import PIECE_NBYTES, advise, make_writable
 from ckpt_engine.checkpoint.pinning import pin_while_alive
 from ckpt_engine.errors import CheckpointError, CheckpointFormatError, ConfigError
 from ckpt_engine.host_memory import HostMemoryPinner
@@ -32,7 +32,8 @@ logger = logging.getLogger(__name__)
 class MappedFile:
     """Bytes [begin, end) of the file at `path`, mapped shared and read-only; byte `begin` is at `address`.
 
-    Never write to a view: the memory is not writable, and the attempt kills the process. The map lives until
+    Never write to a view: the memory is not writable, unless `allow_writes` was called, and the attempt
+    kills the process. The map lives until
     it is closed and the last view is gone; it is unpinned when it is closed.
 
     Args:
@@ -54,12 +55,13 @@ class MappedFile:
         self.address = 0
         self._file_nbytes = file_nbytes
         self._closed = False
+        self._writable = False
         self._unpin: Callable[[], object] | None = None
         self._before_close: list[Callable[[], object]] = []
         self._mapping: mmap.mmap | None = None  # None too for 0 bytes, which cannot be mapped
         self._bytes = torch.empty(0, dtype=torch.uint8)
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptor = self._open()
             try:
                 status = os.fstat(descriptor)
                 self._identity = (status.st_dev, status.st_ino)
@@ -70,6 +72,14 @@ class MappedFile:
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be mapped: {error.strerror or error}") from error
+
+    def _open(self) -> int:
+        """For writing, too, where this user may: else its pages could never be made writable."""
+        flags = os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            return os.open(self.path, os.O_RDWR | flags)
+        except OSError:
+            return os.open(self.path, os.O_RDONLY | flags)
 
     def _map(self, descriptor: int, begin: int) -> None:
         skipped = begin % mmap.ALLOCATIONGRANULARITY
@@ -134,6 +144,21 @@ class MappedFile:
         if mapping is not None and self._unpin is None:
             self._unpin = pin_while_alive(self, mapping, pinner, self.address, self.nbytes, read_only=True)
             self._check_size(mapping.size())
+
+    def allow_writes(self) -> None:
+        """Makes the pages writable, from here on: no driver registers others for RDMA. Nothing is copied.
+
+        Raises:
+            CheckpointError: the file may not be written by this user.
+        """
+        if self._mapping is None or self._writable:
+            return
+        if not make_writable(self.address, self.nbytes):
+            raise CheckpointError(
+                f"{self.path} was taken in place, and cannot be written by this user: an RDMA device needs "
+                "that. Register it without use_inplace_pin_memory, or write it as the user of this process"
+            )
+        self._writable = True
 
     def unlink(self) -> None:
         """Removes the file's name, unless another file has it by now. Its failure is only warned about."""

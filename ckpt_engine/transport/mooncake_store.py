@@ -109,7 +109,7 @@ class MooncakeStore:
                     + (
                         "some of it is registered already"
                         if code == -7
-                        else "is there a limit on locked memory (ulimit -l), or a read-only file in place?"
+                        else "is there a limit on locked memory (ulimit -l)?"
                     )
                 )
             self._starts.insert(bisect_right(self._starts, address), address)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from ckpt_engine.checkpoint import HostCheckpoint
 from ckpt_engine.deadline import Deadline
-from ckpt_engine.errors import CheckpointError
+from ckpt_engine.errors import CheckpointError, P2PError
 from ckpt_engine.metadata import layout_digest
 from ckpt_engine.transport.lease_messages import ALL
 from ckpt_engine.transport.lease_server import LeaseServer
@@ -78,6 +78,13 @@ class Serving:
     def register(self, checkpoint: HostCheckpoint) -> None:
         """Its memory takes part, as long as it is there. Raises P2PError: it cannot."""
         assert self._store is not None
+        if self._store.transport != "tcp":
+            # Drivers register no pages for peers that this process may not write itself.
+            try:
+                for file in checkpoint.files:
+                    file.allow_writes()
+            except CheckpointError as error:
+                raise P2PError(f"{checkpoint.name!r} cannot be read by P2P: {error}") from error
         for memory in checkpoint.memories:
             place = (memory.address, memory.nbytes)
             if memory.nbytes and place not in self._registered:

@@ -1,14 +1,16 @@
 """A stand-in for mooncake's TransferEngine, in the memory of this process, which fails as the real one does.
 
-What the real one was seen to do, and this one does too: a peer that is gone, or memory that is not registered
-there, is status -1; a transfer from a peer that is stopped fails when its time is over, and its bytes may
-come later, until the engine is gone; registering twice is -7; an id that has ended is not asked again.
+What the real one was seen to do, and this one does too: a peer that is gone, or memory that is not
+registered there, is status -1; a transfer from a peer that is stopped fails when its time is over, and its
+bytes may come later, until the engine is gone; registering twice is -7; an id that has ended is not asked
+again. What an RDMA device's driver does beside that: it registers only pages that this process may write.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class FakeNetwork:
@@ -18,14 +20,15 @@ class FakeNetwork:
         self.looks = looks
         self.engines: dict[str, FakeEngine] = {}
 
-    def engine(self, address: str) -> FakeEngine:
-        made = self.engines[address] = FakeEngine(self)
+    def engine(self, address: str, *, rdma: bool = False) -> FakeEngine:
+        made = self.engines[address] = FakeEngine(self, rdma=rdma)
         return made
 
 
 class FakeEngine:
-    def __init__(self, network: FakeNetwork) -> None:
+    def __init__(self, network: FakeNetwork, *, rdma: bool = False) -> None:
         self.network = network
+        self.rdma = rdma
         self.alive = True
         self.stopped = False
         self.registered: dict[int, int] = {}
@@ -40,6 +43,8 @@ class FakeEngine:
                 address < start + size and start < address + nbytes for start, size in self.registered.items()
             ):
                 return -7
+            if self.rdma and not is_writable(address, nbytes):
+                return -1
             self.registered[address] = nbytes
         return 0
 
@@ -84,3 +89,18 @@ class FakeEngine:
         for here, there, nbytes in late:
             ctypes.memmove(here, there, nbytes)
         return len(late)
+
+
+def is_writable(address: int, nbytes: int) -> bool:
+    """Whether this process may write all pages of the range, by the kernel's list of them."""
+    writable = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, permissions, _ = line.split(maxsplit=2)
+        if "w" in permissions:
+            begin, end = (int(part, 16) for part in span.split("-"))
+            writable.append((begin, end))
+    at = address
+    for begin, end in writable:  # in ascending order
+        if begin <= at < end:
+            at = end
+    return at >= address + nbytes
