@@ -17,6 +17,7 @@
     · UpdateTimeout            a deadline passed (also a TimeoutError)
     · PeerLost                 a process on the other side of a connection is gone
     · OutcomeUnknown           this rank could not learn how the update was decided
+    · RestoreError             it failed, and so did the restore of what was there before
   - PublishError             `req_func` failed after the commit: the weights are in place
 
 The embedded engine and the demo derive their own from these.
@@ -199,20 +200,38 @@ class UpdateError(CkptEngineError):
     Only of a lost rank nobody knows how far it had come: there each tells its own stage, bucket and tensors.
 
     `touched`: whether this rank's worker may hold some of the new weights (it is then *incomplete*
-    until a full update succeeds). None: this rank does not know.
+    until a full update succeeds). None: this rank does not know. `restored`: the version that was put back
+    into it (`on_failure="restore"`).
     """
 
     def __init__(self, record: ErrorRecord, *, touched: bool | None = None) -> None:
         self.record = record
         self.touched = touched
-        super().__init__(record.describe())
+        self.restored: str | None = None
+        super().__init__(record)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def describe(self, *, tracebacks: bool = True) -> str:
+        """All that is known of it."""
+        text = _described(self.record, tracebacks)
+        return text if self.restored is None else f"{text}\n(version {self.restored!r} was put back)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (_rebuild_update_error, (type(self), self.record, self.touched))
+        return (_rebuild_update_error, (type(self), self.record, vars(self)))
 
 
-def _rebuild_update_error(kind: type[UpdateError], record: ErrorRecord, touched: bool | None) -> UpdateError:
-    return kind(record, touched=touched)
+def _described(record: ErrorRecord, tracebacks: bool) -> str:
+    return (record if tracebacks else replace(record, traceback="")).describe()
+
+
+def _rebuild_update_error(
+    kind: type[UpdateError], record: ErrorRecord, attributes: dict[str, Any]
+) -> UpdateError:
+    error = kind(record)
+    vars(error).update(attributes)
+    return error
 
 
 class UpdateTimeout(UpdateError, TimeoutError):
@@ -225,6 +244,24 @@ class PeerLost(UpdateError):
 
 class OutcomeUnknown(UpdateError):
     """Rank 0 was lost after this rank's vote: the outcome is unknown, the worker counts as incomplete."""
+
+
+class RestoreError(UpdateError):
+    """An update failed, and so did the restore after it: the workers stay as the update left them. `record`
+    says where the restore failed first, `update_record` where the update did."""
+
+    def __init__(
+        self, record: ErrorRecord, *, touched: bool | None = None, update_record: ErrorRecord | None = None
+    ) -> None:
+        super().__init__(record, touched=touched)
+        self.update_record = update_record
+
+    def describe(self, *, tracebacks: bool = True) -> str:
+        text = f"what was there before could not be put back: {_described(self.record, tracebacks)}"
+        if self.update_record is None:
+            return text
+        first = _described(self.update_record, tracebacks)
+        return f"{text}\n--- the update itself had failed ---\n{first}"
 
 
 class PublishError(CkptEngineError):

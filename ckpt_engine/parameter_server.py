@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -31,12 +32,15 @@ from ckpt_engine.errors import (
     CheckpointExistsError,
     ConfigError,
     ErrorRecord,
+    OutcomeUnknown,
+    UpdateError,
 )
 from ckpt_engine.gathered import GatheredMetas, Senders
 from ckpt_engine.gathering import Gathering
 from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import load_settings
+from ckpt_engine.state import Weights, WeightsState
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import error_of
 from ckpt_engine.transport.vllm_groups import check_custom_dist
@@ -44,11 +48,14 @@ from ckpt_engine.update.keeping import Keeping
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
+from ckpt_engine.update.restoring import Committed, Restore, check_restorable, purpose_of_restore
 from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
 
 logger = logging.getLogger(__name__)
 
 TEN_MINUTES = timedelta(minutes=10)
+MAX_VERSION = 256
+"""Longest name of a version, in characters."""
 
 
 class ParameterServer:
@@ -125,6 +132,8 @@ class ParameterServer:
             host_ip=self.settings.host_ip or host_ip(master_addr or self.settings.master_addr),
         )
         self._me: Rank | None = None
+        self._weights = WeightsState(Weights("unknown"))
+        self._committed: Committed | None = None
         self._owns_default_group = False
         _OPEN.add(self)
 
@@ -286,6 +295,8 @@ class ParameterServer:
         *,
         timeout: Timeout = TEN_MINUTES,
         ranks: Sequence[int] | None = None,
+        version: str | None = None,
+        on_failure: Literal["raise", "restore"] = "raise",
         keep_buffers: bool = False,
         keep: bool = False,
         on_progress: Progress | None = None,
@@ -301,6 +312,12 @@ class ParameterServer:
                 what they do. Only those of them must call whose share cannot be read so (they published no
                 address, or none of `ranks` did): they take part without a worker. Whoever else calls
                 is not needed, and returns at once, with a report of no version.
+            version: what a commit puts in place is called, by workers and reports; alike on all ranks. None:
+                a number that grows from update to update.
+            on_failure: "restore": after a failure the version that was committed last is put back into all
+                workers that may have loaded something, in up to `timeout` again; `req_func` is called again
+                for that. The failure is raised all the same, and says what was `restored`. It must still be
+                registered and gathered, which is checked before a byte moves.
             keep_buffers: keep the ring on the device for the next update: faster, but its memory is not the
                 engine's in between, nor while the post hooks run.
             keep: of another fleet, whose metas were loaded: what this rank reads stays in its host memory,
@@ -310,32 +327,65 @@ class ParameterServer:
 
         Raises:
             UpdateError: the update did not commit; every rank raises the same record.
+            RestoreError: and what was there before could not be put back.
             PublishError: it did, but `req_func` failed.
             UnknownCheckpointError: not gathered since it was registered, nor loaded.
+            CheckpointError: there is nothing to restore.
         """
-        wanted = self._in_range(ranks, purpose_of(checkpoint_name))
+        _check_update(version, on_failure)
+        restores = on_failure == "restore"
+        purpose = purpose_of(checkpoint_name, version, restores=restores)
+        wanted = self._in_range(ranks, purpose)
         members = self._gathered.members(checkpoint_name, wanted, all_ranks=not ranks)
         if self.rank not in members:
             logger.info("rank %d is not needed in the update of %r on %s", self.rank, checkpoint_name, wanted)
             return UpdateReport.not_needed(checkpoint_name)
-        deadline = deadline_of(timeout)
-        session = UpdateSession(
-            me=self._rank(deadline),
-            members=members,
-            receives=self.rank in wanted,
-            checkpoint_name=checkpoint_name,
-            prepare=lambda: self._prepare(checkpoint_name, members, keep=keep),
-            req_func=req_func,
-            deadline=deadline,
-            keep_buffers=keep_buffers,
-            progress=on_progress,
-            keeping=self._keeping(checkpoint_name) if keep else None,
-        )
+        receives = self.rank in wanted
+        before = self._restorable(members) if restores and receives else None
+
+        def session_of(
+            name: str, purpose: str, version: str, receives: bool, *, keep: bool = False
+        ) -> UpdateSession:
+            deadline = deadline_of(timeout)
+            return UpdateSession(
+                me=self._rank(deadline),
+                members=members,
+                receives=receives,
+                checkpoint_name=name,
+                purpose=purpose,
+                version=version,
+                prepare=lambda: self._prepare(name, members, keep=keep),
+                req_func=req_func,
+                deadline=deadline,
+                keep_buffers=keep_buffers,
+                progress=on_progress,
+                keeping=self._keeping(name) if keep else None,
+            )
+
+        session = session_of(checkpoint_name, purpose, version or "", receives, keep=keep)
         try:
-            report = session.run()
-        finally:
-            if session.kept is not None:  # also if it was committed, and `req_func` failed
-                self._registry.adopt(session.kept)
+            report = self._run(session)
+        except UpdateError as error:
+            if not (restores and session.began and not isinstance(error, OutcomeUnknown)):
+                raise
+            restore = Restore(
+                control=session.me.control,
+                members=members,
+                failed=session,
+                before=before,
+                again=lambda name, version, asked: self._run(
+                    session_of(name, purpose_of(name, version), version, asked)
+                ),
+                deadline=deadline_of(timeout),
+            )
+            raise restore.run(error) from error.__cause__
+        except Exception:
+            raise
+        except BaseException as error:
+            if restores and session.began and not session.committed:  # the others need not wait for this rank
+                record = ErrorRecord.from_exception(error, rank=self.rank, stage="restore")
+                session.me.control.tell_mistake(purpose_of_restore(checkpoint_name), record)
+            raise
         logger.info(
             "rank %d: %r is in place as version %s: %d tensors, %d bytes in %.3f s",
             self.rank,
@@ -346,6 +396,40 @@ class ParameterServer:
             report.seconds,
         )
         return report
+
+    def _run(self, session: UpdateSession) -> UpdateReport:
+        """Keeps what comes of it, whatever comes of it."""
+        if session.receives:
+            self._weights.begin()
+        try:
+            return session.run()
+        except UpdateError as error:
+            if session.receives:
+                self._weights.fail(error.record.describe(), touched=error.touched is not False)
+            raise
+        finally:
+            if session.kept is not None:  # also if it was committed, and `req_func` failed
+                self._registry.adopt(session.kept)
+            if session.receives and session.committed:
+                self._committed = Committed(
+                    checkpoint=session.checkpoint_name,
+                    version=session.version,
+                    digest=session.metas_digest,
+                    nbytes=session.held_nbytes,
+                )
+                self._weights.commit(session.version, session.checkpoint_name)
+            elif session.receives and self.weights.state == "updating":
+                self._weights.fail("the update was interrupted", touched=session.touched)
+
+    def _restorable(self, members: Sequence[int]) -> Committed:
+        return check_restorable(
+            self._committed, lambda name: self._prepare(name, members, keep=False)[1].digest
+        )
+
+    @property
+    def weights(self) -> Weights:
+        """What this rank's worker holds, by its last update from here. Can be asked for from any thread."""
+        return self._weights.now
 
     def _keeping(self, name: str) -> Keeping:
         def promise(share: HostCheckpoint) -> RankMetas:
@@ -481,6 +565,15 @@ class ParameterServer:
             buffers=held.buffers if held else (),
             **self._p2p.offer(held, filled=filled),
         )
+
+
+def _check_update(version: str | None, on_failure: str) -> None:
+    if version is not None and not (
+        isinstance(version, str) and 0 < len(version) <= MAX_VERSION and version.isprintable()
+    ):
+        raise ConfigError(f"version={version!r}: give 1 to {MAX_VERSION} printable characters, or None")
+    if on_failure not in ("raise", "restore"):
+        raise ConfigError(f"on_failure={on_failure!r}: give 'raise' or 'restore'")
 
 
 _OPEN: weakref.WeakSet[ParameterServer] = weakref.WeakSet()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_engine.embedded_engine import model as models
 from ckpt_engine.errors import CkptEngineError, ConfigError
 from ckpt_engine.settings import Settings, load_settings
+from ckpt_engine.state import SERVING_INITIAL, WeightsState
 
 if TYPE_CHECKING:
     import torch
@@ -44,8 +45,7 @@ class EmbeddedEngine:
         self._settings = settings or load_settings()
         self._device_index = device_index
         self._lock = threading.Lock()
-        self._state = "initial"
-        self._version: str | None = None
+        self._weights = WeightsState(SERVING_INITIAL)
 
     @cached_property
     def device_uuid(self) -> str:
@@ -59,12 +59,15 @@ class EmbeddedEngine:
         return self._lock.locked()
 
     def health(self) -> dict[str, Any]:
-        """Never waits. `weights` is initial, committed or incomplete (a touched engine, no commit)."""
+        """Never waits. `weights`: the state (`ckpt_engine.state`); `status`: ok, or not_ready where they are
+        incomplete."""
+        now = self._weights.now
         return {
-            "status": "ok",
+            "status": "not_ready" if now.state == "incomplete" else "ok",
             "device": self.device_uuid,
-            "weights": self._state,
-            "version": self._version,
+            "weights": now.state,
+            "version": now.version,
+            "reason": now.reason,
             "busy": self.busy,
         }
 
@@ -100,9 +103,16 @@ class EmbeddedEngine:
         from ckpt_engine.ipc import receiver
 
         with self._lock, zmq.Context() as context:
-            status = receiver.serve_update(context, zmq_handles, self.device_uuid, None, run=self._reload)
+            self._weights.begin()
+            try:
+                status = receiver.serve_update(context, zmq_handles, self.device_uuid, None, run=self._reload)
+            except BaseException as error:
+                self._weights.fail(str(error), touched=True)
+                raise
             if status["outcome"] == "committed":
-                self._state, self._version = "committed", status.get("version")
+                self._weights.commit(status["version"])
+            else:
+                self._weights.fail(str(status["error"]), touched=status["touched"])
             return status
 
     def parameter_digests(self) -> dict[str, str]:
@@ -130,6 +140,4 @@ class EmbeddedEngine:
             return models.generate_greedily(self._model, prompt_token_ids, max_tokens)
 
     def _reload(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
-        # From here to the commit the weights are neither the old ones nor the new ones.
-        self._state = "incomplete"
         models.load_weights(self._model, named_tensors)

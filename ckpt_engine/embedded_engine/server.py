@@ -1,6 +1,7 @@
 """The engine's HTTP routes, and the process that serves them.
 
-    GET  /health           {"status": "ok", ...}                          never waits for the model
+    GET  /health           {"status": "ok", ...}                          never waits for the model; 503 while
+                                                                          the weights are incomplete
     POST /collective_rpc   {"method", "args", "kwargs", "timeout"}    ->  {"results": [one per worker]}
     POST /generate         {"prompt_token_ids", "max_tokens"}         ->  {"token_ids": [...]}
 
@@ -68,8 +69,9 @@ def create_app(engine: EmbeddedEngine) -> FastAPI:
         return await asyncio.wait_for(asyncio.shield(future), timeout)
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return engine.health()
+    async def health() -> JSONResponse:
+        told = engine.health()
+        return JSONResponse(told, status_code=200 if told["status"] == "ok" else 503)
 
     @app.post("/collective_rpc")
     async def collective_rpc(request: RpcRequest) -> dict[str, Any]:

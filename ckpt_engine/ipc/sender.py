@@ -58,6 +58,8 @@ class WorkerChannel:
         self.released = False
         self.finished = False
         self.gone = False  # said goodbye, or died
+        self.died = False  # without a word
+        self._reported = False  # its own failure
         self._begin: messages.Begin | None = None
         self._begun = False
         self._layouts: tuple[messages.BucketLayout, ...] = ()
@@ -218,6 +220,7 @@ class WorkerChannel:
             elif self._identity is None and len(lifeline.identity) == IDENTITY_NBYTES:
                 lost = True  # it died before its Hello was out
         if lost:
+            self.died = not self._reported
             raise self._lost(lifeline.pid)
 
     def _lost(self, pid: int) -> PeerLost:
@@ -326,6 +329,7 @@ class WorkerChannel:
         self._begin, self._begun = None, True
 
     def _failed(self, failure: messages.Failure) -> None:
+        self._reported = True
         record = ErrorRecord(
             error_type=failure.error_type,
             message=failure.message,

@@ -6,7 +6,7 @@ silently without effect.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -76,6 +76,12 @@ class UpdateRequest(_Request):
     engines: list[EngineTarget] | None = Field(None, description="Several engines, instead of `update_url`.")
     keep: bool = Field(
         False, description="As of `ParameterServer.update`: keep what is read of another fleet, for others."
+    )
+    version: str | None = Field(
+        None, description="As of `ParameterServer.update`: what a commit puts in place is called."
+    )
+    on_failure: Literal["raise", "restore"] = Field(
+        "raise", description="As of `ParameterServer.update`: restore puts the version before back."
     )
     timeout: Seconds = Field(600.0, description="Seconds that the whole update may take.")
 
@@ -154,6 +160,15 @@ class Running(BaseModel):
     seconds: float = Field(description="Since it began.")
 
 
+class WeightsHeld(BaseModel):
+    """What this rank's worker holds, by its last update from here."""
+
+    state: Literal["unknown", "serving", "updating", "incomplete"]
+    version: str | None = Field(None, description="Of what is served.")
+    checkpoint: str | None = None
+    reason: str | None = Field(None, description="Why they are incomplete: neither the old nor the new.")
+
+
 class Health(BaseModel):
     """Answered at any time, also during an update."""
 
@@ -163,6 +178,7 @@ class Health(BaseModel):
     checkpoints: list[str] = Field(description="Registered on this rank.")
     running: Running | None
     last_update: Updated | None = Field(description="The last one that this server committed.")
+    weights: WeightsHeld
 
 
 class ErrorBody(BaseModel):
@@ -177,6 +193,7 @@ class ErrorBody(BaseModel):
     committed: bool | None = Field(
         False, description="True: the weights are in place nevertheless. Null: this rank does not know."
     )
+    restored: str | None = Field(None, description="The version that this rank's worker has again.")
 
 
 class RankAnswer(BaseModel):

@@ -44,6 +44,7 @@ from ckpt_engine.server.api_models import (
     Unregistered,
     Updated,
     UpdateRequest,
+    WeightsHeld,
 )
 from ckpt_engine.server.drive import Call, Driver, NotAllRanks
 from ckpt_engine.server.failures import body_of, status_of, to_json
@@ -140,6 +141,7 @@ def create_app(
             checkpoints=ps.checkpoint_names,
             running=operations.running,
             last_update=work.last_update,
+            weights=WeightsHeld.model_validate(ps.weights.to_dict()),
         )
 
     return app
@@ -230,7 +232,7 @@ def _add_checkpoints(app: FastAPI, here: RankWork, driver: Driver) -> None:
                 route="update",
                 work=lambda: here.update(name, request),
                 body=lambda _: request,
-                seconds=request.timeout,
+                seconds=request.timeout * (2 if request.on_failure == "restore" else 1),
             ),
             all_ranks,
         )

@@ -236,7 +236,8 @@ def ask_engine(
 
 
 def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, path: str = "/health") -> None:
-    """Polls `endpoint + path` until it answers with a 2xx status.
+    """Polls `endpoint + path` until it answers with a 2xx status, or that its weights are incomplete: then it
+    lives, and waits for an update.
 
     Raises:
         EngineRequestError: still not after `timeout` seconds; the message has the last answer.
@@ -263,12 +264,20 @@ def wait_until_healthy(endpoint: str, timeout: float, uds: str | None = None, pa
             asked = True
         else:
             asked = True
-            if 200 <= status < 300:
+            if 200 <= status < 300 or (status == 503 and _is_incomplete(answer)):
                 return
             last = f"HTTP {status}: {_text(answer)}"
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
         pause = min(1.0, 2 * pause)
     raise EngineRequestError(f"{_where(url, uds)} is not healthy after {timeout:g} s; last answer: {last}")
+
+
+def _is_incomplete(answer: bytes) -> bool:
+    try:
+        told = json.loads(answer)
+    except ValueError:
+        return False
+    return isinstance(told, dict) and told.get("weights") == "incomplete"
 
 
 def _exchange(

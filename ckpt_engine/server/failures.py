@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ckpt_engine.errors import (
@@ -70,10 +69,11 @@ def body_of(error: BaseException) -> ErrorBody:
     if isinstance(error, UpdateError):
         return ErrorBody(
             error_type=type(error).__name__,
-            message=replace(error.record, traceback="").describe(),
+            message=error.describe(tracebacks=False),
             record=error.record.to_dict(),
             traceback=error.record.traceback,
             committed=None if isinstance(error, OutcomeUnknown) else False,
+            restored=error.restored,
         )
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     return ErrorBody(

@@ -100,6 +100,8 @@ class RankWork:
             timeout=request.timeout,
             ranks=request.ranks,
             keep=request.keep,
+            version=request.version,
+            on_failure=request.on_failure,
         )
         updated = Updated(**asdict(report))
         if report.version:  # else this rank was not needed

@@ -26,7 +26,7 @@ import msgspec
 from ckpt_engine.errors import ErrorRecord
 from ckpt_engine.transport.framing import Message, decode, encode
 
-CONTROL_PROTOCOL = 2
+CONTROL_PROTOCOL = 3
 MAX_FRAME_NBYTES = 1024**3
 """Largest frame: what all ranks bring to a gather of a large checkpoint on thousands of ranks."""
 MAX_JOIN_NBYTES = 1024
@@ -35,10 +35,11 @@ MAX_JOIN_NBYTES = 1024
 
 @dataclass(kw_only=True, frozen=True)
 class Verdict:
-    """How a round ended: `record` is None when it committed."""
+    """How a round ended: `record` is None when it committed. `met`: whether all members had come before."""
 
     version: str | None = None
     record: ErrorRecord | None = None
+    met: bool = False
 
     @property
     def committed(self) -> bool:

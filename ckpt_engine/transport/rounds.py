@@ -239,7 +239,7 @@ class Rounds:
         self._decide(round_, Verdict(record=known.record))
 
     def _decide(self, round_: _Round, verdict: Verdict) -> None:
-        round_.verdict = verdict
+        round_.verdict = verdict = replace(verdict, met=round_.met)
         round_.brought.clear()
         if self._gathering.get(round_.members) is round_:
             del self._gathering[round_.members]

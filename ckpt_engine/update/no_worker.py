@@ -12,7 +12,7 @@ class Channel(Protocol):
     """A rank's way to its worker (`ipc.sender.WorkerChannel`), as an update uses it.
 
     `handle`: the worker's, empty without one. `done`: the last bucket given back. `announced`: the last one
-    announced. `gone`: the worker has left.
+    announced. `gone`: the worker has left; `died`: without a word.
     """
 
     handle: str
@@ -23,6 +23,7 @@ class Channel(Protocol):
     released: bool
     finished: bool
     gone: bool
+    died: bool
 
     @property
     def touched(self) -> bool: ...
@@ -56,6 +57,7 @@ class NoWorker:
     worker_pid: int | None = None
     touched = False
     connected = False
+    died = False
 
     def __init__(self) -> None:
         self.ready = self.released = self.finished = self.gone = True

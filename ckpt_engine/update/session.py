@@ -55,9 +55,14 @@ CAUSE_SECONDS = 0.5
 """How long a rank that lost another one waits to hear why."""
 
 
-def purpose_of(checkpoint_name: str) -> str:
+def purpose_of(checkpoint_name: str, version: str | None = None, *, restores: bool = False) -> str:
     """What ranks must be doing alike."""
-    return f"update({checkpoint_name!r})"
+    return (
+        f"update({checkpoint_name!r}"
+        + (f", version={version!r}" if version else "")
+        + (", on_failure='restore'" if restores else "")
+        + ")"
+    )
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -106,18 +111,22 @@ class UpdateSession:
     `receives`: whether this rank's worker is to be updated, too. `keep_buffers`: keep the ring for the next
     update instead of freeing it before the post hooks run. `keeping`: how to keep what is read by P2P;
     `kept`: what was. `prepare` returns this rank's share, and where all bytes come from, or raises.
+    `purpose`: what all ranks do (`purpose_of`). `version`: what a commit is to be called; empty: the round's
+    number.
     """
 
     me: Rank
     members: tuple[int, ...]
     receives: bool
     checkpoint_name: str
+    purpose: str
     prepare: Callable[[], tuple[HostCheckpoint | None, Senders]]
     req_func: Callable[[SocketPaths], object]
     deadline: Deadline
     keep_buffers: bool = False
     progress: Progress | None = None  # of bytes that this rank's worker gave back
     keeping: Keeping | None = None
+    version: str = ""
     _stage: str = "begin"
     _stages: dict[str, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
@@ -129,7 +138,9 @@ class UpdateSession:
     _request: EngineRequest | None = None
     _pipeline: Pipeline | None = None
     _recorder: Recorder = NO_RECORDER
-    _stuck: bool = False
+    _left_behind: bool = False
+    metas_digest: str = field(default="", init=False)  # of where the bytes come from
+    held_nbytes: int = field(default=0, init=False)  # of them, on this rank
     _verdict: Verdict | None = None
 
     def run(self) -> UpdateReport:
@@ -142,7 +153,7 @@ class UpdateSession:
         with ExitStack() as ending:
             self._recorder = self.me.recorder(self.checkpoint_name)
             ending.enter_context(self._recorder.update())
-            round_ = self.me.control.open_round(purpose_of(self.checkpoint_name), self.members, decides=True)
+            round_ = self.me.control.open_round(self.purpose, self.members, decides=True)
             ending.callback(round_.leave)
             ending.callback(self._close)
             interrupt: BaseException | None = None
@@ -181,6 +192,8 @@ class UpdateSession:
         """Meets the other ranks, makes the plan, the ring and the links, and asks the engine."""
         me = self.me
         checkpoint, senders = self.prepare()
+        self.metas_digest = senders.digest
+        self.held_nbytes = checkpoint.nbytes if checkpoint is not None else 0
         self._inflow = inflow = Inflow(
             me=me,
             senders=senders,
@@ -203,6 +216,7 @@ class UpdateSession:
         meeting = Meeting.of(round_.name, blobs)
         self._recorder.met(meeting.token, len(meeting.members))
         meeting.check(me.rank)
+        self.version = self.version or meeting.name
         outside, assign = inflow.plan_reads(meeting)
         plan = me.planner.plan(
             self.checkpoint_name,
@@ -237,7 +251,7 @@ class UpdateSession:
             Begin(
                 session=meeting.token,
                 checkpoint=self.checkpoint_name,
-                version=meeting.name,
+                version=self.version,
                 ring=ring.handle(),
                 buckets=plan.layouts,
                 budget=self.deadline.remaining,
@@ -299,7 +313,7 @@ class UpdateSession:
         self._enter("post_hook")
         self._wait_for(lambda: channel.finished)
         self._enter("decide")
-        round_.vote(round_.name)
+        round_.vote(self.version)
         if not self._reactor.wait(lambda: self._verdict is not None, self.deadline):
             raise self._timeout("not every rank finished")
         assert self._verdict is not None
@@ -328,6 +342,25 @@ class UpdateSession:
         self._enter("end")
 
     @property
+    def committed(self) -> bool:
+        return self._verdict is not None and self._verdict.committed
+
+    @property
+    def touched(self) -> bool:
+        """Whether this rank's worker may have loaded something."""
+        return self._channel is not None and self._channel.touched
+
+    @property
+    def began(self) -> bool:
+        """Whether all members had met: from then on some worker may have loaded something."""
+        return self._met or (self._verdict is not None and self._verdict.met)
+
+    @property
+    def has_worker(self) -> bool:
+        """Whether this rank's worker can be asked again."""
+        return self.receives and self._channel is not None and not (self._channel.died or self._left_behind)
+
+    @property
     def kept(self) -> HostCheckpoint | None:
         return self._inflow.kept if self._inflow is not None else None
 
@@ -353,7 +386,7 @@ class UpdateSession:
             stage=self._stage,
             elapsed=time.monotonic() - self._started,
         )
-        touched = self._channel is not None and self._channel.touched
+        touched = self.touched
         if isinstance(error, PeerLost) and error.record.device is None:
             # A rank that fails closes its links: its own error, on its way, tells more than their end.
             round_.wait_for_verdict(Deadline.after(CAUSE_SECONDS))
@@ -362,6 +395,7 @@ class UpdateSession:
         except OutcomeUnknown as unknown:
             self._tell_worker(unknown.record)
             raise OutcomeUnknown(unknown.record, touched=touched) from error
+        self._verdict = verdict
         if verdict.record is None:
             return verdict
         clear_frames(error)
@@ -392,7 +426,7 @@ class UpdateSession:
                 self.me.device.uuid(),
                 self._channel.worker_pid,
             )
-            self._stuck = self.me.device.type != "cpu" and not self._channel.gone
+            self._left_behind = not self._channel.gone
 
     def _timeout(self, message: str) -> UpdateTimeout:
         return UpdateTimeout(ErrorRecord(error_type="UpdateTimeout", message=message, stage=self._stage))
@@ -420,11 +454,11 @@ class UpdateSession:
         return self._inflow.report() if self._inflow is not None else {}
 
     def _close_buffers(self) -> None:
-        if self._stuck:
+        if self._left_behind and self.me.device.type != "cpu":
             logger.error(
                 "%d bytes on device %s stay taken: the worker may still read them",
                 self.me.buffers.abandon(),
                 self.me.device.uuid(),
             )
-        elif not (self.keep_buffers and self._verdict is not None and self._verdict.committed):
+        elif not (self.keep_buffers and self.committed):
             self.me.buffers.free()

@@ -103,8 +103,14 @@ class World:
         lost = len(self.alive) < self.fleet.size
         self.ask("gather", name=name, ranks=self.alive if lost else None)
 
-    def put_in_place(self, seed: int, ranks: Sequence[int] | None = None) -> None:
-        """Updates the workers of `ranks` with checkpoint "a" of this seed, and verifies every bit.
+    def put_in_place(
+        self,
+        seed: int,
+        ranks: Sequence[int] | None = None,
+        name: str = "a",
+        **arguments: Any,  # noqa: ANN401
+    ) -> None:
+        """Updates the workers of `ranks` with checkpoint `name` of this seed, and verifies every bit.
 
         All that are alive take part: they hold a share.
         """
@@ -113,16 +119,20 @@ class World:
         updated = self.alive if ranks is None else ranks
         for rank in updated:
             self.fleet.worker(rank)
-        answers = self.answers_to("update", name="a", ranks=ranks)
+        answers = self.answers_to("update", name=name, ranks=ranks, **arguments)
         assert {answer["message"] for answer in answers.values()} == {""}, answers
         assert len({answer["version"] for answer in answers.values()}) == 1, answers
-        expected = digests_of(self.kind, seed)
         for rank in updated:
-            report = self.fleet.worker(rank).answer()
-            assert report["status"]["outcome"] == "committed", report["status"]
-            assert report["status"]["version"] == answers[rank]["version"]
-            wrong = [name for name, digest in expected.items() if report["digests"].get(name) != digest]
-            assert not wrong, f"rank {rank} has other bits than those of seed {seed}: {wrong}"
+            self.has(rank, seed, answers[rank]["version"])
+
+    def has(self, rank: int, seed: int, version: str) -> None:
+        """What the rank's worker says next: that it committed this version, with every bit of this seed."""
+        report = self.fleet.worker(rank).answer()
+        assert report["status"]["outcome"] == "committed", report["status"]
+        assert report["status"]["version"] == version
+        expected = digests_of(self.kind, seed)
+        wrong = [name for name, digest in expected.items() if report["digests"].get(name) != digest]
+        assert not wrong, f"rank {rank} has other bits than those of seed {seed}: {wrong}"
 
     def start(
         self,

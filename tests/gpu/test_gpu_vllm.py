@@ -142,7 +142,7 @@ def test_updates_equal_loads_from_disk(model: Model) -> None:
         assert report.buckets > 1
         differences.append(_same(model.engine.answers(), model.expected[version]))
         (status,) = model.engine.rpc("ckpt_engine_status")
-        assert (status["weights"], status["version"]) == ("committed", report.version)
+        assert (status["weights"], status["version"]) == ("serving", report.version)
         # The graphs that were captured before read what is there now.
         assert model.engine.rpc("test_addresses") == [addresses]
         (now,) = model.engine.rpc("test_replays")

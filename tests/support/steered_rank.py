@@ -2,8 +2,9 @@
 
 `update` may be given a fault of this rank, and one of its worker (`steered_worker`):
 
-    {"act": "kill" | "stop" | "raise", "at": "request" | "buckets"}     when its engine is to be asked, or a
-                                                                         third of the bytes is loaded
+    {"act": "kill" | "stop" | "raise" | "interrupt", "at": "request" | "buckets"}
+
+when its engine is to be asked, or when a third of the bytes is loaded.
 
 `limit`, and `file_limit`: by how many bytes its address space may grow, and how large a file (and so a
 memfd) may get, while it does what it is told to.
@@ -22,7 +23,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +40,8 @@ def act(what: str, where: str) -> None:
     say(event="fault", at=time.monotonic())
     if what == "raise":
         raise RuntimeError(f"injected in {where}")
+    if what == "interrupt":
+        raise KeyboardInterrupt
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
 
 
@@ -60,7 +63,7 @@ class SteeredRankProcess:
         self.ps = ps
         self.engine = engine
         self.asked = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def register(
         self, name: str, kind: str, seed: int, parts: list[int], of: int, limit: int | None = None
@@ -105,6 +108,7 @@ class SteeredRankProcess:
             "sockets": sorted(os.listdir(me.directory.path)) if me else [],
             "names": self.ps.checkpoint_names,
             "metas": sorted(self.ps.get_metas()),
+            "weights": self.ps.weights.to_dict(),
         }
 
     def update(
@@ -117,17 +121,24 @@ class SteeredRankProcess:
         limit: int | None = None,
         file_limit: int | None = None,
         keep: bool = False,
+        version: str | None = None,
+        on_failure: Literal["raise", "restore"] = "raise",
+        always: bool = False,
     ) -> dict[str, Any]:
-        """`wait`: whether req_func waits for the engine's answer, or returns at once."""
+        """`wait`: whether req_func waits for the engine's answer, or returns at once. `always`: the worker
+        meets with its fault in the restore, too."""
+        faults, of_worker = [fault] if fault else [], worker_fault
 
         def on_progress(done: int, total: int) -> None:
-            if fault and fault["at"] == "buckets" and done >= total // 3:
-                act(fault["act"], "on_progress")
+            if faults and faults[0]["at"] == "buckets" and done >= total // 3:
+                act(faults.pop()["act"], "on_progress")
 
         def req_func(paths: list[tuple[str, str]]) -> None:
-            if fault and fault["at"] == "request":
-                act(fault["act"], "req_func")
+            nonlocal of_worker
+            if faults and faults[0]["at"] == "request":
+                act(faults.pop()["act"], "req_func")
             self.asked = True
+            worker_fault, of_worker = of_worker, of_worker if always else None
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as engine:
                 engine.connect(self.engine)
                 with engine.makefile("rw") as lines:
@@ -142,7 +153,14 @@ class SteeredRankProcess:
 
         with limited(limit, file_limit):
             report = self.ps.update(
-                name, req_func, timeout=120, ranks=ranks, keep=keep, on_progress=on_progress
+                name,
+                req_func,
+                timeout=120,
+                ranks=ranks,
+                keep=keep,
+                on_progress=on_progress,
+                version=version,
+                on_failure=on_failure,
             )
         return {
             "version": report.version,
@@ -160,11 +178,12 @@ class SteeredRankProcess:
         say(event="started", at=time.monotonic())
         try:
             answer |= getattr(self, what)(**arguments) or {}
-        except Exception as error:  # noqa: BLE001 - what was raised is the answer
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - what was raised is the answer
             self.error = error
             answer |= {"error": type(error).__name__, "message": str(error)}
             if isinstance(error, UpdateError):
                 answer |= {"record": error.record.to_dict(), "touched": error.touched}
+                answer |= {"restored": error.restored}
         return answer | {"ended": time.monotonic(), "asked": self.asked}
 
 

@@ -53,8 +53,8 @@ class NpuColocateWorkerExtension:
         return update_worker(self, zmq_handles, partial=partial, ignored=ignored, time_limit=time_limit)
 
     def ckpt_engine_status(self, *_: object, **__: object) -> dict[str, Any]:
-        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, and
-        `last`: the status of the last update."""
+        """`rank`, `weights` (serving, updating, or incomplete: neither old nor new, and the `reason`), their
+        `version` (None: what the engine began with), and `last`: the status of the last update."""
         return worker_status(self)
 
 

@@ -31,7 +31,7 @@ ROUTE_SECONDS = 60.0
 """For a route that only tells the scheduler something."""
 STATUS_CHARACTERS = 2000
 """How much of a worker's status an error repeats."""
-WHOLE = ("initial", "committed")
+WHOLE = "serving"
 """What a worker calls weights that are not a mixture of old and new ones."""
 
 
@@ -195,7 +195,7 @@ class VllmServer:
         try:
             statuses = self._statuses()
             weights = [each.get("weights") if isinstance(each, Mapping) else None for each in statuses]
-            if not weights or any(each not in WHOLE for each in weights):
+            if not weights or any(each != WHOLE for each in weights):
                 logger.warning(
                     "%s stays paused: its workers' weights are %s; a full update that succeeds mends them, "
                     "POST /resume then goes on",

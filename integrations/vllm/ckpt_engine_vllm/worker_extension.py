@@ -60,9 +60,9 @@ class VllmColocateWorkerExtension:
             return refused(zmq_handles, error) | {"rank": getattr(self, "rank", None)}
 
     def ckpt_engine_status(self, *_: object, **__: object) -> dict[str, Any]:
-        """`rank`, `weights` (initial, committed, or incomplete: neither old nor new), their `version`, the
-        `last` update's status, and `session_open`: /start_weight_update was called, and not yet
-        /finish_weight_update."""
+        """`rank`, `weights` (serving, updating, or incomplete: neither old nor new, and the `reason`), their
+        `version` (None: what the engine began with), the `last` update's status, and `session_open`:
+        /start_weight_update was called, and not yet /finish_weight_update."""
         try:
             if on_npu(self):
                 from ckpt_engine_ascend.worker_extension import worker_status

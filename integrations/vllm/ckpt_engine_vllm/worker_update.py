@@ -17,6 +17,7 @@ from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
 from ckpt_engine.loading.completeness import Rules, check_complete, check_names, check_shapes, parameters_in
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import named_parameters
+from ckpt_engine.state import SERVING_INITIAL, WeightsState
 from ckpt_engine_vllm import moe, quantisation
 from ckpt_engine_vllm.device_identity import device_of
 from ckpt_engine_vllm.layerwise import abandon_all
@@ -31,8 +32,7 @@ class WorkerState:
     """What is known of a model between updates, whichever way they come."""
 
     def __init__(self) -> None:
-        self.weights = "initial"
-        self.version: str | None = None
+        self.weights = WeightsState(SERVING_INITIAL)
         self.rehearsed: tuple[object, dict[str, Recording]] | None = None
         """The last update's tensors and rules, and what came of them: the next one's are mostly the same."""
         self.last: dict[str, Any] | None = None
@@ -80,8 +80,9 @@ class WorkerUpdate:
         state = _state_of(worker)
         return {
             "rank": worker.rank,
-            "weights": state.weights,
-            "version": state.version,
+            "weights": state.weights.now.state,
+            "version": state.weights.now.version,
+            "reason": state.weights.now.reason,
             "last": state.last,
             # vLLM's own, between /start_weight_update and /finish_weight_update.
             "session_open": bool(getattr(worker, "_weight_update_active", False)),
@@ -94,6 +95,8 @@ class WorkerUpdate:
                 status = self._serve(context, zmq_handles)
         except Exception as error:  # noqa: BLE001 - see the docstring
             status = failed_status(error, "", None)
+            if self._begun:
+                self._state.weights.fail(status["error"], touched=True)
         status["rank"] = getattr(self._worker, "rank", None)
         self._state.last = status
         return status
@@ -152,7 +155,7 @@ class WorkerUpdate:
         refuse_asleep()
         if self._state.moved is not None:
             raise ConfigError(f"an earlier update failed for good: {self._state.moved}")
-        if self._partial and self._state.weights == "incomplete":
+        if self._partial and not self._state.weights.complete:
             raise ConfigError("the weights are incomplete since an update failed: send a full update first")
         model_config = config.model_config
         layers = getattr(model_config.hf_text_config, "num_hidden_layers", sys.maxsize)
@@ -184,7 +187,7 @@ class WorkerUpdate:
     def _run(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         if not self._begun:
             # From here to the commit the weights are neither the old ones nor the new ones.
-            self._state.weights = "incomplete"
+            self._state.weights.begin()
             self._begun = True
             for _, reload in self._parts:
                 reload.begin()
@@ -204,10 +207,9 @@ class WorkerUpdate:
         status["kept_bytes"] = sum(reload.kept_nbytes for _, reload in self._parts)
         status["models"] = {part.name: reload.tensor_count for part, reload in self._parts}
         if status["outcome"] == "committed":
-            self._state.weights, self._state.version = "committed", status["version"]
+            self._state.weights.commit(status["version"])
             return
-        if status["touched"]:
-            self._state.weights = "incomplete"
+        self._state.weights.fail(status["error"], touched=status["touched"])
         abandon_all([reload for _, reload in self._parts], status)
 
 

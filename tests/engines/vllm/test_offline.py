@@ -42,7 +42,7 @@ def test_it_answers_as_if_loaded_from_disk_update_after_update(model: Model) -> 
         report = update_from(model.engine, model.paths[version])
         assert model.engine.answers() == model.expected[version]
         (status,) = model.engine.rpc("ckpt_engine_status")
-        assert (status["rank"], status["weights"], status["version"]) == (0, "committed", report.version)
+        assert (status["rank"], status["weights"], status["version"]) == (0, "serving", report.version)
 
 
 @pytest.mark.parametrize("slot_nbytes", [1, 3000, 9000, 20_000, 33_000, 70_000, 150_000, 10_000_000])

@@ -27,7 +27,7 @@ TOKENS, STEP_SECONDS = 200, 0.025
 ATTEMPTS = 3
 """On a loaded machine an answer may be complete before the update is asked for."""
 NATIVE = ("--weight-transfer-config", '{"backend": "ckpt_engine"}')
-BELOW = ("deadline", "host_memory")
+BELOW = ("deadline", "host_memory", "state")
 PROMPT_SECONDS = 20.0
 """What a failure may take on a loaded machine; far below the update's 60 s."""
 
@@ -83,7 +83,7 @@ def test_it_answers_as_if_loaded_from_disk_update_after_update(world: World) -> 
         committed = world.fleet.commit(world.server, world.paths[version])
         assert world.server.answers() == world.expected[version]
         for rank, status in enumerate(world.server.rpc("ckpt_engine_status")):
-            assert (status["rank"], status["weights"], status["version"]) == (rank, "committed", committed)
+            assert (status["rank"], status["weights"], status["version"]) == (rank, "serving", committed)
 
 
 def test_a_worker_imports_little(world: World) -> None:
@@ -114,7 +114,7 @@ def test_an_exception_in_a_worker_comes_back_and_the_next_update_works(
     weights = [status["weights"] for status in world.server.rpc("ckpt_engine_status")]
     if phase == "prepare":
         # Nothing was touched here.
-        assert weights[-1] == "committed"
+        assert weights[-1] == "serving"
     else:
         assert weights == ["incomplete"] * world.size
     # It lives, whatever it says.
@@ -339,7 +339,7 @@ def test_between_sleep_and_waking_up(world: World, level: int) -> None:
     for result in world.fleet.update(world.server, world.paths["b"]):
         assert "ConfigError: the engine's weights are asleep" in result["error"]
         assert "/wake_up?tags=weights" in result["error"]
-    assert {status["weights"] for status in world.server.rpc("ckpt_engine_status")} == {"committed"}
+    assert {status["weights"] for status in world.server.rpc("ckpt_engine_status")} == {"serving"}
     world.server.post("/wake_up?tags=weights")
     world.server.rpc("test_asleep", ["kv_cache"])
     assert world.server.get("/is_sleeping") == {"is_sleeping": True}

@@ -73,8 +73,9 @@ def test_health_tells_who_it_is(endpoint: str) -> None:
     assert httpx.get(f"{endpoint}/health").json() == {
         "status": "ok",
         "device": "CPU-here-0",
-        "weights": "initial",
+        "weights": "serving",
         "version": None,
+        "reason": None,
         "busy": False,
     }
 
@@ -125,7 +126,7 @@ def test_an_update_without_a_handle_for_the_device_is_a_failed_status(endpoint: 
     (status,) = call_engine(f"{endpoint}/collective_rpc", "update_weights_from_ipc", [[]], timeout=30)
     assert status["outcome"] == "failed"
     assert "CPU-here-0" in status["error"]
-    assert httpx.get(f"{endpoint}/health").json()["weights"] == "initial"
+    assert httpx.get(f"{endpoint}/health").json()["weights"] == "serving"
 
 
 def test_it_listens_on_the_loopback_alone(endpoint: str) -> None:
@@ -194,6 +195,7 @@ def test_health_answers_and_generation_waits_during_an_update(
         started.set()
         assert release.wait(30)
         order.append("update")
+        assert engine.health()["weights"] == "updating"
         return {"outcome": "committed", "version": "v7"}
 
     monkeypatch.setattr(receiver, "serve_update", serve_update)
@@ -213,7 +215,7 @@ def test_health_answers_and_generation_waits_during_an_update(
         assert (await updates).json() == {"results": [{"outcome": "committed", "version": "v7"}]}
         assert (await generation).status_code == 200
         health = (await client.get("/health")).json()
-        assert (health["weights"], health["version"]) == ("committed", "v7")
+        assert (health["weights"], health["version"]) == ("serving", "v7")
 
     ask(engine, talk)
     assert order == ["update", "generation"]
@@ -227,18 +229,27 @@ def test_an_update_that_broke_off_leaves_the_engine_incomplete(
 
     def serve_update(*_: object, run: Callable[[Any], object], **__: object) -> dict[str, Any]:
         run([(name, tensor.detach()) for name, tensor in source.items()])
-        return {"outcome": outcome, "version": "v8" if outcome == "committed" else None}
+        if outcome == "committed":
+            return {"outcome": outcome, "version": "v8"}
+        return {"outcome": outcome, "error": "it broke off", "touched": True}
 
     monkeypatch.setattr(receiver, "serve_update", serve_update)
     engine.call("update_weights_from_ipc", [[]])
-    assert engine.health()["weights"] == "incomplete"
+    assert (engine.health()["weights"], engine.health()["reason"]) == ("incomplete", "it broke off")
+
+    async def not_ready(client: httpx.AsyncClient) -> None:
+        response = await client.get("/health")
+        assert (response.status_code, response.json()["status"]) == (503, "not_ready")
+
+    ask(engine, not_ready)
     outcome = "committed"
     engine.call("update_weights_from_ipc", [[]])
     assert engine.health() | {"device": ""} == {
         "status": "ok",
         "device": "",
-        "weights": "committed",
+        "weights": "serving",
         "version": "v8",
+        "reason": None,
         "busy": False,
     }
     assert engine.parameter_digests() == models.file_digests(checkpoint)[0]
@@ -249,7 +260,9 @@ def test_a_timeout_is_answered_while_the_worker_goes_on(
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr(
-        receiver, "serve_update", lambda *_, **__: {"outcome": "committed"} if release.wait(30) else {}
+        receiver,
+        "serve_update",
+        lambda *_, **__: {"outcome": "committed", "version": "v"} if release.wait(30) else {},
     )
 
     async def talk(client: httpx.AsyncClient) -> None:
@@ -262,7 +275,7 @@ def test_a_timeout_is_answered_while_the_worker_goes_on(
         assert (await client.post("/collective_rpc", json={"method": "parameter_digests"})).is_success
 
     ask(engine, talk)
-    assert engine.health()["weights"] == "committed"
+    assert engine.health()["weights"] == "serving"
 
 
 def test_an_error_in_the_worker_is_an_answer_with_its_traceback(

@@ -20,6 +20,7 @@ from ckpt_engine.server.access import Access
 from ckpt_engine.server.all_ranks import RankAddress, RankServers
 from ckpt_engine.server.app import create_app
 from ckpt_engine.settings import Settings, load_settings
+from ckpt_engine.state import Weights
 from ckpt_engine.update.session import UpdateReport
 
 SECONDS = 20.0
@@ -69,6 +70,7 @@ class StubServer:
         self.gates: dict[str, threading.Event] = {}
         self.begun: dict[str, threading.Event] = {}
         self.metas: dict[int, RankMetas] = {}
+        self.weights = Weights("unknown")
 
     def hold(self, operation: str) -> threading.Event:
         """The operation waits until the event is set; `begun[operation]` tells that it has begun."""
@@ -123,8 +125,11 @@ class StubServer:
         timeout: float,
         ranks: list[int] | None,
         keep: bool = False,
+        version: str | None = None,
+        on_failure: str = "raise",
     ) -> UpdateReport:
-        self._do("update", name, timeout, ranks, *(["keep"] if keep else []))
+        asked = [*(["keep"] if keep else []), *([version, on_failure] if version else [])]
+        self._do("update", name, timeout, ranks, *asked)
         try:
             req_func([(f"CPU-h-{rank}", f"ipc:///h{rank}") for rank in range(self.world_size)])
         except Exception as error:  # noqa: BLE001 - as the update does

@@ -437,6 +437,13 @@ def test_health_is_awaited(engine: FakeEngine, url: str) -> None:
     assert {request[:2] for request in engine.requests} == {("GET", "/health")}
 
 
+def test_an_engine_with_incomplete_weights_can_be_asked(engine: FakeEngine, url: str) -> None:
+    """It is not ready, and only an update makes it so."""
+    engine.answer({"status": "not_ready", "weights": "incomplete"}, 503)
+    wait_until_healthy(url.removesuffix("/collective_rpc"), 60)
+    assert len(engine.requests) == 1
+
+
 def test_an_answer_is_not_forgotten_for_a_poll_that_the_deadline_cut_short(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

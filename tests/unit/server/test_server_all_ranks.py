@@ -16,10 +16,18 @@ from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
 from ckpt_engine.checkpoint import files_of, split_files
-from ckpt_engine.errors import CheckpointError, ConfigError, EngineRequestError, HostMemoryError
+from ckpt_engine.errors import (
+    CheckpointError,
+    ConfigError,
+    EngineRequestError,
+    ErrorRecord,
+    HostMemoryError,
+    UpdateError,
+)
 from ckpt_engine.server import all_ranks
 from ckpt_engine.server.all_ranks import tcp_addresses, unix_addresses, unix_path
 from ckpt_engine.server.app import create_app
+from ckpt_engine.state import Weights
 
 ALL = "?all_ranks=true"
 FILES = f"/v1/checkpoints/a/files{ALL}"
@@ -54,6 +62,22 @@ def test_one_request_for_everybody(checkpoint: Path) -> None:
             assert [call[0] for call in stub.calls] == ["register", "gather", "update", "unregister"]
             assert [call[2] for call in stub.calls[1:]] == [9.0, 8.0, True]
             assert stub.registered == {}
+
+
+def test_version_and_restore_reach_every_rank_and_its_error_comes_back() -> None:
+    with world(2) as ranks:
+        ranks.stubs[1].weights = Weights("serving", "v1", "a")
+        assert ranks.client.get("/v1/healthz").json()["weights"]["state"] == "unknown"
+        body = {"version": "v2", "on_failure": "restore"}
+        assert ranks.client.post(UPDATE, json=body).status_code == 200
+        assert [stub.calls[-1][4:] for stub in ranks.stubs] == [("v2", "restore")] * 2
+        for stub in ranks.stubs:
+            error = UpdateError(ErrorRecord(error_type="ValueError", message="no", rank=1), touched=False)
+            error.restored = "v1"
+            stub.fail["update"] = error
+        answer = ranks.client.post(UPDATE, json=body).json()
+        assert "version 'v1' was put back" in answer["message"]
+        assert [part["answer"]["restored"] for part in answer["ranks"].values()] == ["v1"] * 2
 
 
 @pytest.mark.parametrize("name", ["org/model-7", "ä%2F ?#", "a/../b"])

@@ -241,7 +241,7 @@ def test_ranks_that_are_none(client: TestClient, ps: StubServer) -> None:
 def test_routes_that_are_none(client: TestClient, method: str, path: str, status: int) -> None:
     answer = client.request(method, path)
     assert answer.status_code == status
-    assert answer.json().keys() == {"error_type", "message", "record", "traceback", "committed"}
+    assert answer.json().keys() == {"error_type", "message", "record", "traceback", "committed", "restored"}
 
 
 def test_metas_go_out_and_in(client: TestClient, ps: StubServer) -> None:

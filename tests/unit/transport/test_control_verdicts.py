@@ -84,7 +84,7 @@ def test_only_the_last_vote_commits_and_every_rank_is_woken(three: Fleet) -> Non
     rounds[1].vote("17")
     for round_, wake in zip(rounds, wakes, strict=True):
         assert readable(wake)
-        assert round_.peek() == Verdict(version="17")
+        assert round_.peek() == Verdict(version="17", met=True)
     decided = rounds[0].abort(a_record())  # too late: it stays committed
     assert decided.committed
     assert decided.version == "17"
@@ -132,7 +132,7 @@ def test_a_round_of_other_members_is_not_decided_along(three: Fleet) -> None:
     for round_ in for_all:
         round_.vote("1")
     assert all(readable(round_.watch()) for round_ in for_all)
-    assert [round_.peek() for round_ in for_all] == [Verdict(version="1")] * 3
+    assert [round_.peek() for round_ in for_all] == [Verdict(version="1", met=True)] * 3
     some.leave()
 
 

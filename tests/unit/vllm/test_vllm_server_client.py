@@ -110,13 +110,13 @@ def test_a_good_update_is_paused_for_and_resumed(vllm: Vllm) -> None:
 @pytest.mark.parametrize(
     ("statuses", "resumed"),
     [
-        ([status("committed"), status("committed")], True),
-        ([status("initial"), status("committed")], True),
-        ([status("committed"), status("incomplete")], False),
-        ([status("committed"), {"weights": "unknown", "error": "E"}], False),
+        ([status("serving"), status("serving")], True),
+        ([status("serving"), status("updating")], False),
+        ([status("serving"), status("incomplete")], False),
+        ([status("serving"), {"weights": "unknown", "error": "E"}], False),
         # The late reply to another call.
-        ([status("committed"), COMMITTED], False),
-        ([status("committed"), None], False),
+        ([status("serving"), COMMITTED], False),
+        ([status("serving"), None], False),
         ([], False),
         (None, False),
     ],
@@ -141,7 +141,7 @@ def test_after_a_failure_the_workers_say_whether_it_goes_on(
     assert ("paused" in caplog.text) is not resumed
 
 
-@pytest.mark.parametrize(("weights", "resumed"), [("committed", True), ("incomplete", False)])
+@pytest.mark.parametrize(("weights", "resumed"), [("serving", True), ("incomplete", False)])
 def test_a_pause_that_takes_too_long_is_taken_back(vllm: Vllm, weights: str, resumed: bool) -> None:
     """vLLM queues new requests from the moment it is asked."""
     vllm.statuses = [status(weights)]
@@ -157,7 +157,7 @@ def test_a_pause_that_takes_too_long_is_taken_back(vllm: Vllm, weights: str, res
 @pytest.mark.parametrize("during", ["update", "resume"])
 def test_a_rank_that_is_told_to_end_resumes_first(vllm: Vllm, during: str) -> None:
     """Launchers end the others as soon as one rank has failed."""
-    vllm.statuses = [status("committed")]
+    vllm.statuses = [status("serving")]
     before = signal.getsignal(signal.SIGTERM)
     if during == "resume":
         vllm.on_status = lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -179,15 +179,15 @@ def test_a_server_that_is_gone_hides_no_failure() -> None:
     "bad",
     [
         {"weights": "unknown", "error": "KeyError: worker"},
-        status("initial"),
-        status("committed", last={"outcome": "committed"}),
+        status("serving"),
+        status("serving", last={"outcome": "committed"}),
         None,
         "text",
     ],
 )
 def test_a_native_update_that_no_worker_tells_of_has_failed_and_is_finished(vllm: Vllm, bad: object) -> None:
     """vLLM would refuse the next start else."""
-    vllm.statuses = [status("committed", last=COMMITTED), bad]
+    vllm.statuses = [status("serving", last=COMMITTED), bad]
     with pytest.raises(EngineRequestError, match=r"worker 1 of the engine at .* does not say how"):
         VllmServer(endpoint=vllm.url, native=True).receive(PATHS, SECONDS)
     assert vllm.posts[1:] == [
@@ -199,7 +199,7 @@ def test_a_native_update_that_no_worker_tells_of_has_failed_and_is_finished(vllm
 @pytest.mark.parametrize("native", [False, True])
 def test_a_worker_gets_less_time_than_its_call(vllm: Vllm, native: bool) -> None:
     """A reply after the RPC's end would be taken for the next call's."""
-    vllm.statuses = [COMMITTED | status("committed", last=COMMITTED)]
+    vllm.statuses = [COMMITTED | status("serving", last=COMMITTED)]
     VllmServer(endpoint=vllm.url, native=native).receive(PATHS, 100)
     sent = vllm.bodies["/update_weights"]["update_info"] if native else vllm.bodies["update_weights_from_ipc"]
     options = sent if native else sent["kwargs"]
@@ -209,7 +209,7 @@ def test_a_worker_gets_less_time_than_its_call(vllm: Vllm, native: bool) -> None
 
 
 def test_a_native_update_gives_the_server_its_version(vllm: Vllm) -> None:
-    vllm.statuses = [status("committed", last=COMMITTED)]
+    vllm.statuses = [status("serving", last=COMMITTED)]
     VllmServer(endpoint=vllm.url, native=True).receive(PATHS, SECONDS)
     assert vllm.bodies["/finish_weight_update"] == {"weight_version": "v1"}
     assert vllm.posts[-1] == "/reset_prefix_cache"
