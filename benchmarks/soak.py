@@ -6,8 +6,8 @@
 Every cycle registers other weights and ends with the workers holding them. One JSON line for each rank, at
 cycle 10 and at every tenth of the cycles, with what its processes hold between two cycles: anonymous and
 shared memory, descriptors, threads, and the device's memory in use. `dev_shm_bytes` is what lies in /dev/shm,
-whoever put it there: it is told, not judged. The last line says by how much each figure grew from the first
-of these lines to the last, on the rank where it grew most, and whether that is `flat`; the exit status is 1
+whoever put it there: it is told, not judged. The last line says by how much each figure grew from the first third
+of these lines to the last third, on the rank where it grew most, and whether that is `flat`; the exit status is 1
 where it is not.
 """
 
@@ -101,10 +101,20 @@ def dev_shm_bytes() -> int:
 
 
 def growth(of_ranks: list[Lines]) -> dict[str, dict[str, int]]:
-    """From the first line to the last, by process and figure, on the rank where it is the most."""
+    """From the first third of the lines to the last, by process and figure, on the rank where it is the most.
+
+    From the least of each third: what an allocator keeps for a while comes and goes, what leaks stays.
+    """
+    third = -(-len(of_ranks[0]) // 3)
+
+    def least(lines: Lines, who: str, figure: str) -> int:
+        return min(int(line[who][figure]) for line in lines)
+
     return {
         who: {
-            figure: max(lines[-1][who][figure] - lines[0][who][figure] for lines in of_ranks)
+            figure: max(
+                least(lines[-third:], who, figure) - least(lines[:third], who, figure) for lines in of_ranks
+            )
             for figure in of_ranks[0][0][who]
         }
         for who in ("server", "worker")

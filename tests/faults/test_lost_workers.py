@@ -59,7 +59,9 @@ def test_a_killed_worker_is_named_by_all(world: World, at: str, stage: str, wait
         assert record["stage"] == stage
         assert f"(pid {worker.pid}) died" in record["message"]
         if at == "bucket":
-            assert record["bucket"] == BUCKET
+            # What its messages' thread had not sent when it was killed, nobody can know.
+            assert record["bucket"] is not None
+            assert record["bucket"] <= BUCKET
             assert len(record["tensors"]) == 2
             assert all(name in answers[0]["message"] for name in record["tensors"])
     recovers(world, seed, victim)
