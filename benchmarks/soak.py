@@ -6,9 +6,9 @@
 Every cycle registers other weights and ends with the workers holding them. One JSON line for each rank, at
 cycle 10 and at every tenth of the cycles, with what its processes hold between two cycles: anonymous and
 shared memory, descriptors, threads, and the device's memory in use. `dev_shm_bytes` is what lies in /dev/shm,
-whoever put it there: it is told, not judged. The last line says by how much each figure grew from the first third
-of these lines to the last third, on the rank where it grew most, and whether that is `flat`; the exit status is 1
-where it is not.
+whoever put it there: it is told, not judged. The last line says by how much each figure grew, from the least
+of the first third of these lines to the least of the last third, on the rank where it grew most, and whether
+that is `flat`; the exit status is 1 where it is not.
 """
 
 from __future__ import annotations

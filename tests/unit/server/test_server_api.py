@@ -90,6 +90,7 @@ def test_a_checkpoint_s_life(client: TestClient, ps: StubServer) -> None:
         "checkpoints": ["a"],
         "running": None,
         "last_update": updated.json(),
+        "weights": {"state": "unknown", "version": None, "checkpoint": None, "reason": None},
     }
     assert client.delete("/v1/checkpoints/a", params={"force": True}).json() == {"checkpoint": "a"}
     assert ps.calls == [
