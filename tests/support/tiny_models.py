@@ -25,6 +25,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"tie_word_embeddings": False}),
     "llama": ("LlamaConfig", {"tie_word_embeddings": False, "attention_bias": True}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": False}),
+    # Qwen2 with a layer that predicts one more token, which SGLang loads as the draft model.
+    "mtp": ("Qwen2Config", {"tie_word_embeddings": False, "num_nextn_predict_layers": 1}),
     "tied": ("Qwen3Config", {"tie_word_embeddings": True}),
     # Not tiny: 0.9 GB, to measure with.
     "medium": (
@@ -73,7 +75,32 @@ def make_tiny_checkpoint(directory: Path, architecture: str, seed: int) -> None:
     model.to(torch.bfloat16).save_pretrained(directory)
     if architecture.startswith("fp8"):
         _quantise(directory)
+    if architecture == "mtp":
+        _add_mtp_layer(directory, generator)
     _save_tokenizer(directory)
+
+
+def _add_mtp_layer(directory: Path, generator: torch.Generator) -> None:
+    """A layer as the others, with what joins a token to the model's state; named as MiMo's are."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    width = tensors["model.norm.weight"].numel()
+    shapes = {
+        name.removeprefix("model.layers.0."): tensor.shape
+        for name, tensor in tensors.items()
+        if name.startswith("model.layers.0.")
+    }
+    shapes |= {f"{name}_layernorm.weight": torch.Size([width]) for name in ("token", "hidden", "final")}
+    shapes["input_proj.weight"] = torch.Size([width, 2 * width])
+    tensors |= {
+        f"model.mtp_layers.0.{name}": _draw(name, torch.empty(shape), generator).to(torch.bfloat16)
+        for name, shape in shapes.items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((directory / "config.json").read_text())
+    config["architectures"] = ["MiMoForCausalLM"]
+    (directory / "config.json").write_text(json.dumps(config))
 
 
 def _quantise(directory: Path) -> None:

@@ -9,7 +9,7 @@ from ckpt_engine.loading.recording import Recording
 
 _WEIGHTS = re.compile(r"(weight|weight_packed|qweight|weight_scale|weight_scale_inv|weight_scale_2|scales)$")
 """What a quantised layer never computes: without its new scales a new weight is another one."""
-_DRAFTERS = r"^(model\.)?mtp\."
+_DRAFTERS = r"^(model\.)?mtp[._]"
 _TIED = r"lm_head\.weight$"
 _OUTSIDE_LAYERS = r"^(?!(.*\.)?layers\.\d+\.).*(embed_tokens|lm_head|norm)\.weight$"
 

@@ -116,7 +116,7 @@ class SglangTarget:
         from ckpt_engine_sglang.verify import compare
 
         others = [each for each in self.endpoints if each.rstrip("/") != server.endpoint.rstrip("/")]
-        typer.echo(compare([server, *map(self._server, others)], self.checksums_file))
+        typer.echo(compare([server, *map(self._server, others)], self.checksums_file, self.group.size))
 
 
 def _check_fit(endpoint: str, info: ServerInfo, size: int) -> None:

@@ -16,10 +16,11 @@ from ckpt_engine_sglang.client import SglangServer
 _SHOWN = 3
 
 
-def compare(servers: Sequence[SglangServer], file: Path | None) -> str:
+def compare(servers: Sequence[SglangServer], file: Path | None, rank_count: int) -> str:
     """What was compared, in words.
 
     Args:
+        rank_count: ranks of each server. Of several pipeline stages SGLang tells the first one's checksums.
         servers: the first one's checksums must be those of all others.
         file: holds checksums that must be the same; written where there is none.
 
@@ -31,18 +32,20 @@ def compare(servers: Sequence[SglangServer], file: Path | None) -> str:
     expected = _sorted(first.checksums())
     for other in servers[1:]:
         _refuse_difference(_sorted(other.checksums()), expected, other.endpoint, first.endpoint)
+    ranks = f"{len(expected)}{'' if len(expected) == rank_count else f' of {rank_count}'} ranks"
+    compared = f"checksums of {ranks} of {len(servers)} servers compared"
     if file is not None and file.exists():
         _refuse_difference(expected, _read(file), first.endpoint, str(file))
-        return f"checksums of {len(expected)} ranks of {len(servers)} servers compared, and with {file}"
+        return f"{compared}, and with {file}"
     if file is not None:
         try:
             file.write_text(json.dumps(expected, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--checksums-file {file}: {error.strerror or error}") from None
-        return f"checksums of {len(expected)} ranks of {len(servers)} servers compared, and written to {file}"
+        return f"{compared}, and written to {file}"
     if len(servers) == 1:
         return "nothing to verify: there is one server, and no --checksums-file to compare it with"
-    return f"checksums of {len(expected)} ranks of {len(servers)} servers compared"
+    return compared
 
 
 def _sorted(ranks: Sequence[Any]) -> list[Any]:

@@ -81,7 +81,7 @@ class Server:
         **environment: str,
     ) -> None:
         self.model, self.log, self.host = model, log, host
-        self.rank_count = tp_size * pp_size
+        self.pp_size, self.rank_count = pp_size, tp_size * pp_size
         self.port = _free_port()
         self.url = f"http://{address}:{self.port}"
         self.client = SglangServer(self.url, api_key=api_key)

@@ -1,4 +1,8 @@
-"""A server with two ranks, each of which receives for itself: both get the new weights, or both fail."""
+"""A server with two ranks, each of which receives for itself: both get the new weights, or both fail.
+
+They share each of the model's matrices (tensor parallel), or its layers (pipeline parallel). Of the latter
+SGLang tells checksums of the first rank's layers alone; its tokens tell of both.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,22 @@ from pathlib import Path
 
 import pytest
 from ckpt_engine_sglang.worker_update import INCOMPLETE
+from safetensors.torch import save_file
 
-from tests.engines.sglang.parameter_servers import command_line, outcomes
+from tests.engines.sglang.parameter_servers import command_line, outcomes, tensors_of
 from tests.engines.sglang.servers import WAIT, Checkpoints, Server
 
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(scope="module")
-def running(checkpoints: Checkpoints, log: Callable[[str], Path]) -> Iterator[Server]:
+@pytest.fixture(scope="module", params=["tp_size", "pp_size"])
+def running(
+    request: pytest.FixtureRequest, checkpoints: Checkpoints, log: Callable[[str], Path]
+) -> Iterator[Server]:
     server = Server(
-        *(checkpoints("qwen3", 1), log("two-ranks"), WAIT),
-        tp_size=2,
+        *(checkpoints("qwen3", 1), log(f"two-ranks-{request.param}"), WAIT),
+        tp_size=2 if request.param == "tp_size" else 1,
+        pp_size=2 if request.param == "pp_size" else 1,
         devices="0,1",
         SGLANG_WAIT_WEIGHTS_READY_TIMEOUT="600",
     )
@@ -53,7 +61,8 @@ def test_the_command_makes_it_ready(server: Server, checkpoints: Checkpoints, tm
     verify = ("--endpoint", server.url, "--verify", "--checksums-file", checksums)
     done = command_line("--checkpoint-path", checkpoints("qwen3", 1), *verify)
     assert done.returncode == 0, f"{done.stderr}\n{server.tail()}"
-    assert f"checksums of 2 ranks of 1 servers compared, and written to {checksums}" in done.stdout
+    told = {1: "2 ranks", 2: "1 of 2 ranks"}[server.pp_size]
+    assert f"checksums of {told} of 1 servers compared, and written to {checksums}" in done.stdout
     assert server.client.is_ready()
     received = server.state()
     server.load_from_disk(checkpoints("qwen3", 1))
@@ -128,6 +137,19 @@ def test_another_model_s_checkpoint(
         assert "has no place for model.layers.0.self_attn.k_proj.bias" in answer["error"], answer
     assert server.state() == expected[0]
     assert server.generate()[1] == str(checkpoints("qwen3", 1)), answers
+
+
+def test_a_layer_that_no_rank_has(
+    server: Server, checkpoints: Checkpoints, expected: tuple[object, object], tmp_path: Path
+) -> None:
+    """A pipeline's ranks pass over each other's layers, but not over what would be neither's."""
+    server.load_from_disk(checkpoints("qwen3", 1))
+    tensors = tensors_of(checkpoints("qwen3", 2))
+    name = "model.layers.2.input_layernorm.weight"
+    save_file({**tensors, name: tensors["model.norm.weight"].clone()}, tmp_path / "model.safetensors")
+    for answer in outcomes(server, tmp_path):
+        assert f"has no place for {name}" in answer["error"], answer
+    assert server.state() == expected[0]
 
 
 def test_fewer_ranks_than_the_server_s(server: Server, checkpoints: Checkpoints) -> None:

@@ -235,27 +235,28 @@ def test_checksums_are_compared(make_fake: Callable[[], FakeServer], tmp_path: P
     servers = [SglangServer(one.url), SglangServer(other.url)]
     route, file = "POST /weights_checker", tmp_path / "checksums.json"
     one.routes[route] = other.routes[route] = (200, checksums({"a": "1", "b": "2"}, {"a": "3"}))
-    assert compare(servers, None) == "checksums of 2 ranks of 2 servers compared"
-    assert compare(servers[:1], None).startswith("nothing to verify")
-    assert compare(servers, file).endswith(f"written to {file}")
-    assert compare(servers, file).endswith(f"and with {file}")
+    assert compare(servers, None, 2) == "checksums of 2 ranks of 2 servers compared"
+    assert compare(servers, None, 4) == "checksums of 2 of 4 ranks of 2 servers compared"
+    assert compare(servers[:1], None, 2).startswith("nothing to verify")
+    assert compare(servers, file, 2).endswith(f"written to {file}")
+    assert compare(servers, file, 2).endswith(f"and with {file}")
     other.routes[route] = (200, checksums({"a": "1", "b": "9"}, {"a": "3"}))
     told = f"the weights of {other.url} are not those of {one.url}: on rank 0 b"
     with pytest.raises(EngineRequestError, match=told):
-        compare(servers, None)
+        compare(servers, None, 2)
     with pytest.raises(EngineRequestError, match=f"are not those of {file}: on rank 0 b"):
-        compare(servers[1:], file)
+        compare(servers[1:], file, 2)
     other.routes[route] = (200, checksums({"a": "1", "b": "2"}))
     with pytest.raises(EngineRequestError, match="not as many ranks"):
-        compare(servers[1:], file)
+        compare(servers[1:], file, 2)
     file.write_text("{")
     with pytest.raises(ConfigError, match="--checksums-file"):
-        compare(servers[:1], file)
+        compare(servers[:1], file, 2)
 
 
 def test_an_sglang_without_checksums(fake: FakeServer) -> None:
     with pytest.raises(EngineRequestError, match="/weights_checker with HTTP 404"):
-        compare([SglangServer(fake.url)], None)
+        compare([SglangServer(fake.url)], None, 1)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """A plugin of SGLang's that makes it fail where a test says so.
 
-The file that SGLANG_FAULTS names holds JSON: {"at": "load" | "post_process", "action": "raise" | "exit",
-"rank": TP rank, "pipeline_rank": PP rank}; without a rank: on all of them. It is read at each call, so that
-one server serves all tests.
+The file that SGLANG_FAULTS names holds JSON: {"at": "load" | "post_process", "rank": a rank's number,
+"action": "raise" | "exit"}. It is read at each call, so that one server serves all tests.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def register() -> None:
             parallel = get_parallel()
             file = Path(os.environ["SGLANG_FAULTS"])
             fault = json.loads(file.read_text()) if file.exists() else {}
-            here = {"at": where, "rank": parallel.tp_rank, "pipeline_rank": parallel.pp_rank}
-            if fault and all(here.get(key, value) == value for key, value in fault.items()):
+            rank = parallel.pp_rank * parallel.tp_size + parallel.tp_rank
+            if fault.get("at") == where and fault["rank"] == rank:
                 if fault["action"] == "exit":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError(f"injected before {where}")
