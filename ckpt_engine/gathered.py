@@ -11,7 +11,7 @@ from functools import cached_property
 
 from ckpt_engine.errors import CheckpointError, ConfigError, UnknownCheckpointError
 from ckpt_engine.gathering import Gathered
-from ckpt_engine.metadata import Metas, content_digest, metas_to_json, topology
+from ckpt_engine.metadata import Metas, content_digest, distinct, metas_to_json, topology
 from ckpt_engine.planning.sources import Sources, check_fleets
 
 logger = logging.getLogger(__name__)
@@ -54,13 +54,15 @@ class Senders:
 
 @dataclass(kw_only=True, frozen=True)
 class _Known:
-    """`epoch`: of this rank's share when it gathered; `layouts`: digests of what each rank holds, without its
-    epoch; `fleets`: other fleets' metas, if they were loaded."""
+    """`epoch`: of this rank's share when it gathered; `layouts`: digests of what each rank holds, without
+    its epoch; `fleets`: other fleets' metas, if they were loaded; `joined`: those that were before this
+    fleet gathered the same weights itself."""
 
     epoch: str = ""
     metas: Metas
     layouts: Mapping[int, str] = field(default_factory=dict)
     fleets: tuple[Metas, ...] = ()
+    joined: tuple[Metas, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -90,13 +92,15 @@ class _Holders:
 
 
 class GatheredMetas:
-    """`shown`: what was gathered or loaded last; `topology`: its senders' side."""
+    """`shown`: what was gathered or loaded last; `fleets`: all who hold that, as far as this rank knows,
+    this fleet first if it does; `topology`: the senders' side of what is shown."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._by_name: dict[str, _Known] = {}
         self._holders: dict[str, _Holders] = {}
         self.shown: Metas = {}
+        self.fleets: tuple[Metas, ...] = ()
         self.topology: dict[str, set[int]] = {}
 
     def put(self, name: str, gathered: Gathered, lost: dict[int, str], registered: Sequence[str]) -> None:
@@ -122,7 +126,10 @@ class GatheredMetas:
             logger.warning("ranks %s have registered nothing as %r, not even an empty share", absent, name)
         if lost:
             self._check_without(lost, name, metas)
-        self._by_name[name] = _Known(epoch=metas[self._rank].epoch, metas=metas, layouts=gathered.layouts)
+        joined = self._joined_before(name, metas)
+        self._by_name[name] = _Known(
+            epoch=metas[self._rank].epoch, metas=metas, layouts=gathered.layouts, joined=joined
+        )
         self._holders.pop(name, None)
         self._holders[name] = _Holders(
             holding=frozenset(rank for rank, held in metas.items() if held.tensor_count),
@@ -130,7 +137,7 @@ class GatheredMetas:
         )
         while len(self._holders) > REMEMBERED:
             del self._holders[next(iter(self._holders))]
-        self.show(metas)
+        self._show([metas, *joined])
 
     def load(self, fleets: Sequence[Metas]) -> str:
         """Keeps other fleets' metas of one checkpoint, in place of what was gathered of it; its name.
@@ -139,9 +146,22 @@ class GatheredMetas:
             CheckpointError: it cannot be joined by these metas.
         """
         name = check_fleets(fleets)
+        fleets = distinct(fleets)
         self._by_name[name] = _Known(metas={}, fleets=tuple(fleets))
-        self.show(fleets[0])
+        self._show(fleets)
         return name
+
+    def _joined_before(self, name: str, metas: Metas) -> tuple[Metas, ...]:
+        """The fleets that this one joined, and whose weights it has kept: whoever joins it may read them as
+        well."""
+        known = self._by_name.get(name)
+        fleets = (*known.fleets, *known.joined) if known is not None else ()
+        try:
+            if fleets:
+                check_fleets([metas, *fleets])
+        except CheckpointError:
+            return ()  # other weights by now
+        return fleets
 
     def _check_without(self, lost: dict[int, str], name: str, metas: Metas) -> None:
         known = self._by_name.get(name)
@@ -161,8 +181,8 @@ class GatheredMetas:
             )
         logger.warning("%s is gone; update(%r, ranks=%s) goes on without", gone, name, sorted(metas))
 
-    def show(self, metas: Metas) -> None:
-        self.shown, self.topology = metas, topology(metas)
+    def _show(self, fleets: Sequence[Metas]) -> None:
+        self.shown, self.fleets, self.topology = fleets[0], tuple(fleets), topology(fleets[0])
 
     def forget(self, name: str) -> None:
         """Its metas; a rank that asks for an update all the same knows whom to tell that it cannot."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -179,6 +179,13 @@ def metas_from_json(text: bytes | str) -> Metas:
     return metas
 
 
+def fleets_to_json(fleets: Sequence[Metas]) -> bytes:
+    """One fleet's metas, or an array of several fleets'; none: an empty object."""
+    if len(fleets) == 1 or not fleets:
+        return metas_to_json(fleets[0] if fleets else {})
+    return b"[" + b",".join(map(metas_to_json, fleets)) + b"]"
+
+
 def fleets_from_json(text: bytes | str) -> list[Metas]:
     """One fleet's metas, or an array of several fleets'. Raises as `metas_from_json`."""
     try:
@@ -188,6 +195,16 @@ def fleets_from_json(text: bytes | str) -> list[Metas]:
     if not several:
         raise CheckpointFormatError("not a metas document: an array without a fleet")
     return [metas_from_json(bytes(fleet)) for fleet in several]
+
+
+def distinct(fleets: Iterable[Metas]) -> list[Metas]:
+    """Each fleet once: those of the same processes, and their same shares, are the same."""
+    found: dict[tuple[tuple[int, str, str], ...], Metas] = {}
+    for fleet in fleets:
+        found.setdefault(
+            tuple((rank, held.session, held.epoch) for rank, held in sorted(fleet.items())), fleet
+        )
+    return list(found.values())
 
 
 _JSON = msgspec.json.Encoder()

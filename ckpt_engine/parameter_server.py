@@ -30,6 +30,7 @@ from ckpt_engine.deadline import Deadline, Timeout, deadline_of
 from ckpt_engine.devices import detect_device, device_count, make_device, numa_place_of
 from ckpt_engine.errors import (
     CheckpointExistsError,
+    CkptEngineError,
     ConfigError,
     ErrorRecord,
     OutcomeUnknown,
@@ -54,6 +55,8 @@ from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
 logger = logging.getLogger(__name__)
 
 TEN_MINUTES = timedelta(minutes=10)
+KEPT_SECONDS = 30.0
+"""How long ranks may take to tell each other what they keep, once their update is committed."""
 MAX_VERSION = 256
 """Longest name of a version, in characters."""
 
@@ -264,6 +267,11 @@ class ParameterServer:
         """What was gathered or loaded last: rank -> what it holds."""
         return dict(self._gathered.shown)
 
+    def get_fleets(self) -> list[Metas]:
+        """What others need to join: of all who hold what was gathered or loaded last, as far as this rank
+        knows. A fleet that keeps what it has joined is the first of them itself."""
+        return list(self._gathered.fleets)
+
     def load_metas(self, metas: Metas | Sequence[Metas]) -> str:
         """Replaces the senders' side of a checkpoint by another fleet's metas, and derives its topology.
 
@@ -322,7 +330,8 @@ class ParameterServer:
                 engine's in between, nor while the post hooks run.
             keep: of another fleet, whose metas were loaded: what this rank reads stays in its host memory,
                 as its share of the checkpoint, and others who join that fleet read it here, from the first
-                bucket on. Needs the memory for it. Ends with `unregister_checkpoint`.
+                bucket on. Needs the memory for it. The ranks then gather what they keep: it is what they
+                update from, and what those are told who join by them. Ends with `unregister_checkpoint`.
             on_progress: called with (bytes loaded by this rank's worker, bytes in all).
 
         Raises:
@@ -410,11 +419,14 @@ class ParameterServer:
         finally:
             if session.kept is not None:  # also if it was committed, and `req_func` failed
                 self._registry.adopt(session.kept)
+            digest = session.metas_digest
+            if session.keeping is not None and session.committed:
+                digest = self._gather_what_is_kept(session) or digest
             if session.receives and session.committed:
                 self._committed = Committed(
                     checkpoint=session.checkpoint_name,
                     version=session.version,
-                    digest=session.metas_digest,
+                    digest=digest,
                     nbytes=session.held_nbytes,
                 )
                 self._weights.commit(session.version, session.checkpoint_name)
@@ -430,6 +442,20 @@ class ParameterServer:
     def weights(self) -> Weights:
         """What this rank's worker holds, by its last update from here. Can be asked for from any thread."""
         return self._weights.now
+
+    def _gather_what_is_kept(self, session: UpdateSession) -> str:
+        """The digest of where an update would come from now; empty: of where it came from.
+
+        The weights are in place whatever comes of this. Without it, only the directory of those who were
+        read tells of what is kept.
+        """
+        name = session.checkpoint_name
+        try:
+            self.gather_metas(name, timeout=KEPT_SECONDS, ranks=session.members)
+            return self._prepare(name, session.members, keep=False)[1].digest
+        except CkptEngineError as error:
+            logger.warning("%r is kept, but those who join by this rank are not told: %s", name, error)
+            return ""
 
     def _keeping(self, name: str) -> Keeping:
         def promise(share: HostCheckpoint) -> RankMetas:

@@ -30,7 +30,8 @@ def fleets_of(files: Sequence[Path], urls: Sequence[str]) -> list[Metas]:
     """
     from ckpt_engine.planning.sources import check_fleets
 
-    fleets = [_of_file(path) for path in files] + [_of_server(url) for url in urls]
+    fleets = [fleet for path in files for fleet in _of_file(path)]
+    fleets += [fleet for url in urls for fleet in _of_server(url)]
     if fleets:
         try:
             check_fleets(fleets)
@@ -39,7 +40,7 @@ def fleets_of(files: Sequence[Path], urls: Sequence[str]) -> list[Metas]:
     return fleets
 
 
-def _of_file(path: Path) -> Metas:
+def _of_file(path: Path) -> list[Metas]:
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -47,7 +48,7 @@ def _of_file(path: Path) -> Metas:
     return _checked(text, f"--load-metas-file {path}")
 
 
-def _of_server(url: str) -> Metas:
+def _of_server(url: str) -> list[Metas]:
     import httpx
 
     from ckpt_engine.settings import load_settings
@@ -77,13 +78,13 @@ def _of_server(url: str) -> Metas:
     return _checked(bytes(text), f"--join {url}")
 
 
-def _checked(text: bytes, what: str) -> Metas:
-    from ckpt_engine.metadata import metas_from_json
+def _checked(text: bytes, what: str) -> list[Metas]:
+    from ckpt_engine.metadata import fleets_from_json
 
     try:
-        metas = metas_from_json(text)
+        fleets = fleets_from_json(text)
     except CheckpointFormatError as error:
         raise CheckpointFormatError(f"{what}: {error}") from None
-    if not any(held.tensor_count for held in metas.values()):
+    if not any(held.tensor_count for fleet in fleets for held in fleet.values()):
         raise ConfigError(f"{what}: its ranks hold no tensor")
-    return metas
+    return fleets

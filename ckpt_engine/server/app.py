@@ -29,7 +29,7 @@ from pydantic import BaseModel
 
 from ckpt_engine.checkpoint import files_of, split_files
 from ckpt_engine.errors import CkptEngineError
-from ckpt_engine.metadata import metas_to_json
+from ckpt_engine.metadata import fleets_to_json
 from ckpt_engine.server.access import Access
 from ckpt_engine.server.all_ranks import RankServers
 from ckpt_engine.server.api_models import (
@@ -241,29 +241,30 @@ def _add_checkpoints(app: FastAPI, here: RankWork, driver: Driver) -> None:
 def _add_metas(app: FastAPI, here: RankWork, operations: Operations) -> None:
     schema = {"type": "object", "description": "Metas, as GET gives them: an object whose keys are ranks."}
     several = {"type": "array", "items": schema, "description": "Of fleets that hold the same weights."}
-    content = {"application/json": {"schema": schema}}
+    either = {"application/json": {"schema": {"oneOf": [schema, several]}}}
 
     @app.get(
         "/v1/metas",
         summary="What was gathered or loaded last",
         response_class=Response,
-        responses={200: {"content": content, "description": "Metas: an object whose keys are ranks."}},
+        responses={
+            200: {
+                "content": either,
+                "description": "Metas, or an array: of this fleet, if it holds the weights, and of those "
+                "that it has joined. It is all that is needed to join.",
+            }
+        },
     )
     async def get_metas() -> Response:
         # Many megabytes in a large world: not on the event loop.
-        text = await run_in_threadpool(lambda: metas_to_json(here.ps.get_metas()))
+        text = await run_in_threadpool(lambda: fleets_to_json(here.ps.get_fleets()))
         return Response(text, media_type="application/json")
 
     @app.post(
         "/v1/metas",
         summary="Load another fleet's metas",
         responses=_ERRORS,
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": {"oneOf": [schema, several]}}},
-            }
-        },
+        openapi_extra={"requestBody": {"required": True, "content": either}},
     )
     async def post_metas(request: Request) -> MetasLoaded:
         """Replaces the senders' side by another fleet's metas, or an array of several's. Ask each rank."""

@@ -97,10 +97,11 @@ def ask(network: Network, host: int, method: str, path: str, body: object = None
     return int(status), json.loads(answer)
 
 
-def over_unix(uds: str, path: str, body: object) -> tuple[int, Any]:
+def over_unix(uds: str, path: str, body: object = None) -> tuple[int, Any]:
     """Asks the server on this socket."""
     with httpx.Client(transport=httpx.HTTPTransport(uds=uds), timeout=SECONDS) as client:
-        answer = client.post(f"http://ps/v1/{path}", json=body)
+        url = f"http://ps/v1/{path}"
+        answer = client.get(url) if body is None else client.post(url, json=body)
     return answer.status_code, answer.json()
 
 
@@ -115,15 +116,22 @@ def start_engine(start: Start, directory: Path, host: int) -> str:
     return str(uds)
 
 
+def holds(engine: str, expected: dict[str, str]) -> None:
+    (digests,) = call_engine("http://engine/collective_rpc", "parameter_digests", timeout=SECONDS, uds=engine)
+    assert digests == expected
+
+
 def test_a_served_fleet_is_joined(network: Network, start: Start, directory: Path) -> None:
+    """By one that only reads, by one that keeps what it reads, by one that is told of that, and by one that
+    is told by that when the owner is gone."""
     models.make_checkpoint(directory / "model", seed=SEED, size="tiny")
     expected, nbytes = models.file_digests(directory / "model")
     serve = ("-m", "ckpt_engine.cli.main", "serve")
     roots = {"CKPT_ENGINE_ALLOWED_ROOTS": str(directory / "model")}
-    start(0, *serve, "--host", network.address(0), "--port", str(PORT), **SECRET, **roots)
+    owner = start(0, *serve, "--host", network.address(0), "--port", str(PORT), **SECRET, **roots)
     server = directory / "server"
     start(3, *serve, "--uds", str(server / "ps-{rank}.sock"))
-    engines = {host: start_engine(start, directory, host) for host in (2, 3)}
+    engines = {host: start_engine(start, directory, host) for host in range(4)}
     deadline = time.monotonic() + SECONDS
     while ask(network, 2, "GET", "/healthz")[0] != 200:
         assert time.monotonic() < deadline, logs(directory)
@@ -133,32 +141,49 @@ def test_a_served_fleet_is_joined(network: Network, start: Start, directory: Pat
     for uds in engines.values():
         wait_until_healthy("http://engine", SECONDS, uds)
 
+    def join(host: int, url: str) -> int:
+        """How much host 3 sent meanwhile."""
+        report = directory / f"report-{host}.json"
+        command = ["update", "--join", url, "--report-file", str(report)]
+        command += ["--endpoint", "http://engine", "--uds", engines[host]]
+        sent = network.sent_nbytes(3)
+        joiner = start(host, "-m", "ckpt_engine.cli.main", *command, **SECRET)
+        assert joiner.wait(SECONDS) == 0, logs(directory)
+        told = json.loads(report.read_text())
+        assert (told["update_method"], told["checkpoint"]) == ("join", "served")
+        assert (told["p2p_transport"], told["p2p_bytes"], told["bytes"]) == ("tcp", nbytes, nbytes)
+        holds(engines[host], expected)
+        return network.sent_nbytes(3) - sent
+
     # By its URL
-    report = directory / "report.json"
-    join = ["update", "--join", f"http://{network.address(0)}:{PORT}", "--report-file", str(report)]
-    join += ["--endpoint", "http://engine", "--uds", engines[2]]
-    joiner = start(2, "-m", "ckpt_engine.cli.main", *join, **SECRET)
-    assert joiner.wait(SECONDS) == 0, logs(directory)
-    told = json.loads(report.read_text())
-    assert (told["update_method"], told["checkpoint"]) == ("join", "served")
-    assert (told["p2p_transport"], told["p2p_bytes"], told["bytes"]) == ("tcp", nbytes, nbytes)
+    url = f"http://{network.address(0)}:{PORT}"
+    assert join(2, url) < nbytes / 2
 
     # By requests alone
     uds = str(server / "ps-0.sock")
     wait_until_healthy("http://ps", SECONDS, uds, path="/v1/healthz")
     status, metas = ask(network, 3, "GET", "/metas")
     assert status == 200
+    assert isinstance(metas, dict)
     update = {"ranks": [0], "update_url": "http://engine/collective_rpc", "uds": engines[3], "keep": True}
     for path, body in (("metas", [metas]), ("checkpoints/served/update", update)):
         status, answer = over_unix(uds, path, body)
         assert status == 200, answer
     assert (answer["transport"], answer["p2p_nbytes"], answer["kept_nbytes"]) == ("tcp", nbytes, nbytes)
 
-    for engine in engines.values():
-        (digests,) = call_engine(
-            "http://engine/collective_rpc", "parameter_digests", timeout=SECONDS, uds=engine
-        )
-        assert digests == expected
+    holds(engines[3], expected)
+
+    # By its URL again: the one that has kept it is read
+    assert join(1, url) > nbytes * 0.9
+
     # Who was read has done nothing, and is well.
     status, health = ask(network, 2, "GET", "/healthz")
     assert (status, health["last_update"], health["running"]) == (200, None, None)
+
+    # By the URL of the one that has kept it, which is enough when nobody else is left
+    kept, joined = over_unix(uds, "metas")[1]
+    assert joined == metas
+    assert kept["0"]["host"] == "host3"
+    owner.kill()
+    owner.wait(SECONDS)
+    assert join(0, f"unix:{uds}") > nbytes * 0.9

@@ -92,3 +92,41 @@ def test_a_device_that_two_ranks_have_is_refused(gathered: GatheredMetas) -> Non
         put(gathered, "step", held, {}, ["step"])
     with pytest.raises(CheckpointError):
         gathered.of("step", "epoch-0", ["step"], [0, 1])
+
+
+def of_fleet(session: str, held: Metas) -> Metas:
+    """Readable, with the same shares as any other fleet's of these."""
+    return {
+        rank: one.model_copy(
+            update={
+                "session": f"{session}-{rank}",
+                "checkpoint": "step",
+                "buffers": tuple(buffer.model_copy(update={"origin": "o"}) for buffer in one.buffers),
+            }
+        )
+        for rank, one in readable(held, *held).items()
+    }
+
+
+def test_a_fleet_that_keeps_what_it_joined_is_told_of_before_those(gathered: GatheredMetas) -> None:
+    owners, others = of_fleet("owners", metas(r0=["a"], r1=["b"])), of_fleet("others", metas(r0=["a", "b"]))
+    gathered.load([owners, others, owners])
+    assert gathered.fleets == (owners, others)
+    mine = of_fleet("mine", metas(r0=["a", "b"]))
+    for _ in range(2):  # also when it gathers again
+        put(gathered, "step", mine, {}, ["step"])
+        assert gathered.fleets == (mine, owners, others)
+        assert gathered.shown == mine
+    senders = gathered.of("step", "epoch-0", ["step"], [0])
+    assert (senders.metas, senders.has_sources) == (mine, False)
+
+
+def test_other_weights_of_the_same_name_are_not_those_that_were_joined(gathered: GatheredMetas) -> None:
+    owners = of_fleet("owners", metas(r0=["a"]))
+    gathered.load([owners])
+    mine = {
+        rank: one.model_copy(update={"epoch": "new", "buffers": metas(r0=["a"])[0].buffers})
+        for rank, one in of_fleet("mine", metas(r0=["a"])).items()
+    }
+    put(gathered, "step", mine, {}, ["step"])
+    assert gathered.fleets == (mine,)

@@ -70,6 +70,7 @@ class StubServer:
         self.gates: dict[str, threading.Event] = {}
         self.begun: dict[str, threading.Event] = {}
         self.metas: dict[int, RankMetas] = {}
+        self.joined: list[dict[int, RankMetas]] = []
         self.weights = Weights("unknown")
 
     def hold(self, operation: str) -> threading.Event:
@@ -113,9 +114,12 @@ class StubServer:
     def get_metas(self) -> dict[int, RankMetas]:
         return dict(self.metas)
 
+    def get_fleets(self) -> list[dict[int, RankMetas]]:
+        return [self.metas, *self.joined] if self.metas else []
+
     def load_metas(self, fleets: list[dict[int, RankMetas]]) -> None:
         self._do("load", [sorted(fleet) for fleet in fleets])
-        self.metas = fleets[0]
+        self.metas, *self.joined = fleets
 
     def update(
         self,

@@ -24,7 +24,7 @@ from ckpt_engine.errors import (
     PublishError,
     UpdateTimeout,
 )
-from ckpt_engine.metadata import metas_from_json, metas_to_json
+from ckpt_engine.metadata import fleets_from_json, metas_from_json, metas_to_json
 from ckpt_engine.server.app import create_app
 
 FILES = "/v1/checkpoints/a/files"
@@ -256,6 +256,7 @@ def test_metas_go_out_and_in(client: TestClient, ps: StubServer) -> None:
     loaded = client.post("/v1/metas", content=several, headers=headers).json()
     assert loaded == {"fleets": 2, "ranks": 5, "tensors": 3, "senders": {"tcp@h": [0, 1, 2]}}
     assert ps.calls[-1] == ("load", [[0, 1, 2], [0, 1]])
+    assert fleets_from_json(client.get("/v1/metas").content) == [metas_of(3), metas_of(2)]
     for bad in (b"{}x", b"[]", b'{"1": {}}', document.replace(b'"rank":1', b'"rank":2')):
         answer = client.post("/v1/metas", content=bad, headers=headers)
         assert (answer.status_code, answer.json()["error_type"]) == (422, "InvalidMetas")
