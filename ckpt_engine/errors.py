@@ -10,6 +10,7 @@
   - DeviceError              the device, or its driver, refuses (also a RuntimeError)
   - PlanError                no valid update plan exists for these metas
   - ProtocolError            a message that this version cannot accept
+  - CorruptionError          a tensor's bytes are not those that were registered
   - P2PError                 a read by P2P failed, or its owner refuses or ends the lease
     · P2PUnavailable           this process cannot read, or be read, by P2P
   - EngineRequestError       the engine refused, or could not be asked, to start receiving
@@ -80,6 +81,10 @@ class PlanError(CkptEngineError):
 
 class ProtocolError(CkptEngineError):
     """A message between processes is malformed, too large, or from another protocol version."""
+
+
+class CorruptionError(CkptEngineError):
+    """A tensor's bytes are not those that were registered; the message names it."""
 
 
 class P2PError(CkptEngineError):

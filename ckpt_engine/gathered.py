@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -35,6 +35,29 @@ class Senders:
     digest: str
     content: str
     layout: str = ""
+
+    def digests(self, names: Iterable[str]) -> list[bytes]:
+        """Of these tensors' bytes.
+
+        Raises:
+            CheckpointError: one was registered without.
+        """
+        known = {
+            tensor.name: tensor.digest
+            for metas in (self.metas, self.outside, *self.fleets)
+            for held in metas.values()
+            for buffer in held.buffers
+            for tensor in buffer.tensors
+            if tensor.digest
+        }
+        wanted = list(names)
+        without = next((name for name in wanted if name not in known), None)
+        if without is not None:
+            raise CheckpointError(
+                f"verify: tensor {without!r} was registered without a digest: set CKPT_ENGINE_VERIFY, or "
+                "give register_checkpoint(digests=True), on every rank that holds a share, and gather again"
+            )
+        return [bytes.fromhex(known[name]) for name in wanted]
 
     @property
     def has_sources(self) -> bool:

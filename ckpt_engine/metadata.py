@@ -46,13 +46,17 @@ class _Model(BaseModel):
 
 
 class TensorMeta(_Model):
-    """One tensor: `dtype` by torch's name, `offset` and `nbytes` in bytes from the start of its buffer."""
+    """One tensor: `dtype` by torch's name, `offset` and `nbytes` in bytes from the start of its buffer.
+
+    `digest`: of its bytes, in hex (`ckpt_engine.checksum`); empty where none was made.
+    """
 
     name: str = Field(min_length=1)
     dtype: str
     shape: tuple[int, ...]
     offset: int = Field(ge=0)
     nbytes: int = Field(ge=0)
+    digest: str = Field("", pattern="^([0-9a-f]{32})?$")
 
     @model_validator(mode="after")
     def _consistent(self) -> TensorMeta:

@@ -50,7 +50,7 @@ from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.restoring import Committed, Restore, check_restorable, purpose_of_restore
-from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
+from ckpt_engine.update.session import UpdateReport, UpdateSession, Verify, purpose_of
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,7 @@ class ParameterServer:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        digests: bool | None = None,
         on_progress: Progress | None = None,
     ) -> None:
         """Loads this rank's share into host memory.
@@ -171,6 +172,8 @@ class ParameterServer:
             use_inplace_pin_memory: `.safetensors` files below /dev/shm become host memory where they are, and
                 are removed once all is registered (CUDA; elsewhere they are copied). They must not be touched
                 any more. Also on by CKPT_ENGINE_INPLACE_PIN.
+            digests: make one of each tensor's bytes, for `update(verify=...)`: they are read once more.
+                None: if CKPT_ENGINE_VERIFY is not off.
             on_progress: called with (bytes loaded, bytes to load), by one thread at a time; its exception
                 ends the registration. What stays in place is not loaded.
 
@@ -188,6 +191,7 @@ class ParameterServer:
                 named_tensors=named_tensors,
                 use_shared_memory_pool=use_shared_memory_pool,
                 use_inplace_pin_memory=use_inplace_pin_memory or self.settings.inplace_pin,
+                digests=self.settings.verify != "off" if digests is None else digests,
                 on_progress=on_progress,
             )
         except CheckpointExistsError:
@@ -305,6 +309,7 @@ class ParameterServer:
         ranks: Sequence[int] | None = None,
         version: str | None = None,
         on_failure: Literal["raise", "restore"] = "raise",
+        verify: Verify | None = None,
         keep_buffers: bool = False,
         keep: bool = False,
         on_progress: Progress | None = None,
@@ -326,6 +331,9 @@ class ParameterServer:
                 workers that may have loaded something, in up to `timeout` again; `req_func` is called again
                 for that. The failure is raised all the same, and says what was `restored`. It must still be
                 registered and gathered, which is checked before a byte moves.
+            verify: "transport": workers compare what arrives with the digests that were made when it was
+                registered; "full": also what their engines then hold, as far as the adapter can tell. A
+                tensor of other bytes ends the update. None: CKPT_ENGINE_VERIFY, by default "off".
             keep_buffers: keep the ring on the device for the next update: faster, but its memory is not the
                 engine's in between, nor while the post hooks run.
             keep: of another fleet, whose metas were loaded: what this rank reads stays in its host memory,
@@ -341,9 +349,10 @@ class ParameterServer:
             UnknownCheckpointError: not gathered since it was registered, nor loaded.
             CheckpointError: there is nothing to restore.
         """
-        _check_update(version, on_failure)
+        verify = self.settings.verify if verify is None else verify
+        _check_update(version, on_failure, verify)
         restores = on_failure == "restore"
-        purpose = purpose_of(checkpoint_name, version, restores=restores)
+        purpose = purpose_of(checkpoint_name, version, verify=verify, restores=restores)
         wanted = self._in_range(ranks, purpose)
         members = self._gathered.members(checkpoint_name, wanted, all_ranks=not ranks)
         if self.rank not in members:
@@ -363,6 +372,7 @@ class ParameterServer:
                 checkpoint_name=name,
                 purpose=purpose,
                 version=version,
+                verify=verify,
                 prepare=lambda: self._prepare(name, members, keep=keep),
                 req_func=req_func,
                 deadline=deadline,
@@ -383,7 +393,7 @@ class ParameterServer:
                 failed=session,
                 before=before,
                 again=lambda name, version, asked: self._run(
-                    session_of(name, purpose_of(name, version), version, asked)
+                    session_of(name, purpose_of(name, version, verify=verify), version, asked)
                 ),
                 deadline=deadline_of(timeout),
             )
@@ -593,13 +603,15 @@ class ParameterServer:
         )
 
 
-def _check_update(version: str | None, on_failure: str) -> None:
+def _check_update(version: str | None, on_failure: str, verify: str) -> None:
     if version is not None and not (
         isinstance(version, str) and 0 < len(version) <= MAX_VERSION and version.isprintable()
     ):
         raise ConfigError(f"version={version!r}: give 1 to {MAX_VERSION} printable characters, or None")
     if on_failure not in ("raise", "restore"):
         raise ConfigError(f"on_failure={on_failure!r}: give 'raise' or 'restore'")
+    if verify not in ("off", "transport", "full"):
+        raise ConfigError(f"verify={verify!r}: give 'off', 'transport' or 'full'")
 
 
 _OPEN: weakref.WeakSet[ParameterServer] = weakref.WeakSet()

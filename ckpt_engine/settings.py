@@ -123,6 +123,10 @@ class Settings(BaseSettings):
     # Ours: where each update's trace goes
     trace_dir: Path | None = Field(None, validation_alias=AliasChoices("trace_dir", "CKPT_ENGINE_TRACE_DIR"))
 
+    verify: Literal["off", "transport", "full"] = Field(
+        "off", validation_alias=AliasChoices("verify", "CKPT_ENGINE_VERIFY")
+    )
+
     guard: bool = Field(False, validation_alias=AliasChoices("guard", "CKPT_ENGINE_GUARD"))
 
     # Ours: who may use the HTTP API

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from ckpt_engine.checkpoint.arena import HostArena
 from ckpt_engine.checkpoint.mapped_file import MappedFile
 from ckpt_engine.checkpoint.packing import PackedBuffer
+from ckpt_engine.checksum import checksum, digest_of
 from ckpt_engine.errors import CheckpointError, ConfigError
-from ckpt_engine.metadata import HostBufferMeta
+from ckpt_engine.metadata import HostBufferMeta, TensorMeta
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -98,6 +101,21 @@ class HostCheckpoint:
             )
         memory = self._memories[buffer_index]
         return memory.view(buffer.address - memory.address + offset, nbytes)
+
+    def add_digests(self, threads: int) -> None:
+        """Of each tensor's bytes, to its meta; reads them all."""
+
+        def with_digest(number: int, tensor: TensorMeta) -> TensorMeta:
+            data = self.view(number, tensor.offset, tensor.nbytes)
+            return tensor.model_copy(update={"digest": digest_of(checksum(data)).hex()})
+
+        with ThreadPoolExecutor(threads, thread_name_prefix="ckpt-engine-digest") as pool:
+            self.buffers = tuple(
+                buffer.model_copy(
+                    update={"tensors": tuple(pool.map(partial(with_digest, number), buffer.tensors))}
+                )
+                for number, buffer in enumerate(self.buffers)
+            )
 
     def unlink_files(self) -> None:
         """Removes the names of the files that were taken as a whole, in place: from here on it owns them."""

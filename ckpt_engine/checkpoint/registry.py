@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ckpt_engine.checkpoint.arena import HostArena
+from ckpt_engine.checkpoint.arena import HostArena, default_threads
 from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.loader import load
 from ckpt_engine.checkpoint.pool import ArenaPool
@@ -53,6 +53,7 @@ class CheckpointRegistry:
         named_tensors: Mapping[str, torch.Tensor] | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
+        digests: bool = False,
         on_progress: Progress | None = None,
     ) -> HostCheckpoint:
         """Loads this rank's share and keeps it under the name. Neither files nor tensors: an empty share.
@@ -61,6 +62,7 @@ class CheckpointRegistry:
             use_shared_memory_pool: into the pool's arena, which grows where it must.
             use_inplace_pin_memory: files below /dev/shm stay where they are (`loader.load`: `in_place`), and
                 their names are removed once everything is registered, if all of their tensors were taken.
+            digests: make one of each tensor.
             on_progress: as of `loader.load`.
 
         Raises:
@@ -93,6 +95,8 @@ class CheckpointRegistry:
                 in_place=use_inplace_pin_memory,
                 pool=self._pool if use_shared_memory_pool else None,
             )
+            if digests:
+                checkpoint.add_digests(self._threads or default_threads())
             with self._lock:
                 self._check_open()
                 self._loading.discard(checkpoint_name)

@@ -105,7 +105,9 @@ class EmbeddedEngine:
         with self._lock, zmq.Context() as context:
             self._weights.begin()
             try:
-                status = receiver.serve_update(context, zmq_handles, self.device_uuid, None, run=self._reload)
+                status = receiver.serve_update(
+                    context, zmq_handles, self.device_uuid, None, run=self._reload, loaded=self._loaded
+                )
             except BaseException as error:
                 self._weights.fail(str(error), touched=True)
                 raise
@@ -138,6 +140,9 @@ class EmbeddedEngine:
             )
         with self._lock:
             return models.generate_greedily(self._model, prompt_token_ids, max_tokens)
+
+    def _loaded(self, name: str) -> torch.Tensor | None:
+        return dict(self._model.named_parameters(remove_duplicate=False)).get(name)
 
     def _reload(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         models.load_weights(self._model, named_tensors)

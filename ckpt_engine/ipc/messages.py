@@ -22,13 +22,15 @@ Messages travel as msgpack (msgspec tagged structs) on the worker's ZeroMQ socke
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import msgspec
 
+from ckpt_engine.checksum import DIGEST_NBYTES
 from ckpt_engine.devices.handles import RingHandle
 from ckpt_engine.errors import ErrorRecord, ProtocolError, as_utf8
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_NBYTES = 256 * 1024 * 1024
 """Largest message: a Begin of a million tensors is near 100 MB."""
 MAX_WORKER_MESSAGE_NBYTES = 1024 * 1024
@@ -67,7 +69,8 @@ class Hello(_Message, frozen=True):
 
 
 class Begin(_Message, frozen=True):
-    """`budget`: seconds that the update may still take (a duration: clocks jump)."""
+    """`budget`: seconds that the update may still take (a duration: clocks jump). `verify`: what is compared
+    with the `digests`, of each bucket those of its tensors, one behind the other; empty: nothing."""
 
     session: str
     checkpoint: str
@@ -75,6 +78,8 @@ class Begin(_Message, frozen=True):
     ring: RingHandle
     buckets: tuple[BucketLayout, ...]
     budget: float
+    verify: Literal["", "transport", "full"] = ""
+    digests: tuple[bytes, ...] = ()
 
 
 class Ready(_Message, frozen=True):
@@ -205,6 +210,10 @@ def check_layout(begin: Begin) -> None:
     """Refuses a Begin whose buckets or tensors leave the ring (a worker would read beyond its map)."""
     if math.isnan(begin.budget) or begin.budget < 0:
         raise ProtocolError(f"the update's budget of {begin.budget} seconds is not a duration")
+    if begin.verify and [len(digests) for digests in begin.digests] != [
+        len(bucket.tensors) * DIGEST_NBYTES for bucket in begin.buckets
+    ]:
+        raise ProtocolError("there is not one digest for each tensor")
     for index, bucket in enumerate(begin.buckets):
         if (
             bucket.ring_offset < 0

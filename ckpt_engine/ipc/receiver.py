@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +35,7 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.connection import LEAVE_SECONDS, ServerConnection
+from ckpt_engine.ipc.verification import Loaded, Verification
 from ckpt_engine.ipc.views import RingViews
 from ckpt_engine.settings import load_settings
 
@@ -54,7 +55,8 @@ DECISION_GRACE_SECONDS = 30.0
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class WorkerReport:
-    """A committed update, as one worker saw it. `nbytes`: bytes of the tensors; `seconds`: in the loop."""
+    """A committed update, as one worker saw it. `nbytes`: bytes of the tensors; `seconds`: in the loop;
+    `verified`: how many tensors were compared as they `arrived`, and as they were `loaded`."""
 
     checkpoint: str
     version: str
@@ -62,6 +64,7 @@ class WorkerReport:
     tensors: int
     nbytes: int
     seconds: float
+    verified: Mapping[str, int] = field(default_factory=dict)
 
 
 def update_weights_from_ipc(
@@ -72,6 +75,7 @@ def update_weights_from_ipc(
     run: Run,
     prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
+    loaded: Loaded | None = None,
     device_uuid: str = "",
     time_limit: float | None = None,
 ) -> WorkerReport:
@@ -84,6 +88,7 @@ def update_weights_from_ipc(
         run: called once per bucket with `[(name, tensor), ...]`.
         prepare: called once with the layouts of all tensors, before the first bucket.
         post_hook: called once after the last bucket, when the ring has been released.
+        loaded: what the engine then holds of a tensor, for updates that are verified in full.
         device_uuid: this device's key; checked by the parameter server when given.
         time_limit: seconds in which this call is to have returned or raised, whatever the parameter server
             allows; only the engine's own code may outlast them.
@@ -97,7 +102,9 @@ def update_weights_from_ipc(
     """
     if time_limit is not None and not time_limit > 0:
         raise ConfigError(f"time_limit={time_limit}: must be a positive number of seconds")
-    receiver = _Receiver(zmq_ctx, zmq_handle, device_id, run, prepare, post_hook, device_uuid, time_limit)
+    receiver = _Receiver(
+        zmq_ctx, zmq_handle, device_id, run, prepare, post_hook, loaded, device_uuid, time_limit
+    )
     return receiver.receive()
 
 
@@ -110,13 +117,15 @@ def serve_update(
     run: Run,
     prepare: Prepare | None = None,
     post_hook: Callable[[], object] | None = None,
+    loaded: Loaded | None = None,
     time_limit: float | None = None,
 ) -> dict[str, Any]:
     """`update_weights_from_ipc` for adapters: finds this device's handle, and never raises.
 
     Some engines lose the order of their replies for good when a worker's method raises, so the
     outcome is a plain dict: `outcome` ("committed" or "failed"), `device`, `handle`, `version`, `error`,
-    `traceback`, `touched`, `tensors`, `bytes`. A handle is made for one update of one device, so it tells
+    `traceback`, `touched`, `tensors`, `bytes`, `verified` (how many tensors were compared as they `arrived`,
+    and as they were `loaded`). A handle is made for one update of one device, so it tells
     whoever asked whether the answer is to this call, or late from an earlier one.
 
     Args:
@@ -136,6 +145,7 @@ def serve_update(
             run=run,
             prepare=prepare,
             post_hook=post_hook,
+            loaded=loaded,
             device_uuid=device_uuid,
             time_limit=time_limit,
         )
@@ -151,6 +161,7 @@ def serve_update(
         "touched": True,
         "tensors": report.tensors,
         "bytes": report.nbytes,
+        "verified": report.verified,
     }
 
 
@@ -192,6 +203,7 @@ def failed_status(error: BaseException, device_uuid: str, handle: str | None) ->
         "touched": getattr(error, "touched", False),
         "tensors": 0,
         "bytes": 0,
+        "verified": {},
     }
 
 
@@ -204,6 +216,7 @@ class _Receiver:
         run: Run,
         prepare: Prepare | None,
         post_hook: Callable[[], object] | None,
+        loaded: Loaded | None,
         device_uuid: str,
         time_limit: float | None,
     ) -> None:
@@ -217,6 +230,8 @@ class _Receiver:
         self._run = run
         self._prepare = prepare
         self._post_hook = post_hook
+        self._loaded = loaded
+        self._verification: Verification | None = None
         self._uuid = device_uuid
         self._ring: MappedRing | None = None
         self._views: RingViews | None = None
@@ -260,6 +275,9 @@ class _Receiver:
         messages.check_layout(begin)
         self._ring = map_ring(begin.ring, connection.receive_descriptors(), self._device_id)
         self._views = RingViews(self._ring)
+        if begin.verify:
+            at_once = self._device_id is None
+            self._verification = Verification(begin, self._ring, self._loaded, at_once=at_once)
         if self._prepare is not None:
             self._prepare([tensor for bucket in begin.buckets for tensor in bucket.tensors])
         connection.send(messages.Ready(self._ring.own_events()))
@@ -271,6 +289,8 @@ class _Receiver:
             self._load(index, bucket)
             connection.send(messages.BucketDone(index))
             self._bucket = self._layout = None
+        if self._verification is not None:
+            self._verification.check_arrived()
         self._expect(messages.Finish, deadline, "the end of the buckets")
         self._stage = "release"
         # What the engine enqueued must have happened, and without an error of the device.
@@ -282,6 +302,8 @@ class _Receiver:
         if self._post_hook is not None:
             self._post_hook()
             synchronize_stream(self._device_id)
+        if self._verification is not None:
+            self._verification.check_loaded()
         self._stage = "finish"
         connection.send(messages.Finished())
         commit = self._expect(messages.Commit, deadline, "the decision of all ranks")
@@ -293,12 +315,15 @@ class _Receiver:
             tensors=sum(len(bucket.tensors) for bucket in begin.buckets),
             nbytes=sum(tensor.nbytes for bucket in begin.buckets for tensor in bucket.tensors),
             seconds=time.monotonic() - self._started,
+            verified={} if self._verification is None else self._verification.counts,
         )
 
     def _load(self, index: int, bucket: messages.BucketLayout) -> None:
         assert self._ring is not None
         assert self._views is not None
         self._bucket, self._layout = index, bucket
+        if self._verification is not None:
+            self._verification.bucket(index)
         tensors = self._views.tensors_of(bucket)
         self._touched = True
         self._run(tensors)
@@ -342,6 +367,8 @@ class _Receiver:
     def _release(self) -> None:
         if self._views is not None:
             self._views.close()
+        if self._verification is not None:
+            self._verification.let_go()
         if self._ring is not None:
             self._ring.close()
             self._ring = None

@@ -50,6 +50,7 @@ def _runs_of(item: PlannedBucket, sources: Sources) -> list[tuple[str, tuple[Ten
                     shape=tensor.shape,
                     offset=tensor.offset,
                     nbytes=tensor.nbytes,
+                    digest=sources.digest_of(tensor.name),
                 )
                 for tensor in tensors
             ),

@@ -28,11 +28,12 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a tensor lies; `buffer`: which of the source's."""
+    """Where a tensor lies; `buffer`: which of the source's; `digest`: of its bytes."""
 
     source: int
     buffer: int
     address: int
+    digest: str
 
 
 class Sources:
@@ -48,7 +49,7 @@ class Sources:
         for number, held in self.by_number.items():
             for index, buffer in enumerate(held.buffers):
                 for tensor in buffer.tensors:
-                    place = _Place(number, index, buffer.address + tensor.offset)
+                    place = _Place(number, index, buffer.address + tensor.offset, tensor.digest)
                     self._places.setdefault(tensor.name, []).append(place)
             self.planned[number] = held.model_copy(update={"buffers": self._first_of(number, held)})
 
@@ -81,6 +82,10 @@ class Sources:
         place = self._places[tensor][0]
         held = self.by_number[place.source]
         return held.origin_of(held.buffers[place.buffer])
+
+    def digest_of(self, tensor: str) -> str:
+        """Of its bytes; empty where no digest was made."""
+        return self._places[tensor][0].digest
 
     def reads_of(self, bucket: Bucket, lost: Collection[int] = ()) -> dict[int, tuple[Extent, ...]]:
         """What to read from which source for a bucket, with as few reads as its layout allows.

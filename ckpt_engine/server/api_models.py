@@ -30,6 +30,7 @@ class FilesRequest(_Request):
     use_inplace_pin_memory: bool = Field(
         False, description="As of `register_checkpoint`. It removes the files once they are in place."
     )
+    digests: bool | None = Field(None, description="As of `register_checkpoint`: for `verify`.")
     timeout: Seconds = Field(
         3600.0, description="Seconds that rank 0 waits for another rank's answer (`all_ranks` only)."
     )
@@ -82,6 +83,9 @@ class UpdateRequest(_Request):
     )
     on_failure: Literal["raise", "restore"] = Field(
         "raise", description="As of `ParameterServer.update`: restore puts the version before back."
+    )
+    verify: Literal["off", "transport", "full"] | None = Field(
+        None, description="As of `ParameterServer.update`: what is compared with the digests."
     )
     timeout: Seconds = Field(600.0, description="Seconds that the whole update may take.")
 

@@ -48,6 +48,7 @@ class RankWork:
             files=files,
             use_shared_memory_pool=request.use_shared_memory_pool,
             use_inplace_pin_memory=request.use_inplace_pin_memory,
+            digests=request.digests,
         )
         return Registered(checkpoint=name, files=len(files), seconds=time.monotonic() - began)
 
@@ -102,6 +103,7 @@ class RankWork:
             keep=request.keep,
             version=request.version,
             on_failure=request.on_failure,
+            verify=request.verify,
         )
         updated = Updated(**asdict(report))
         if report.version:  # else this rank was not needed

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from itertools import islice
+from typing import Any, Literal
 
 import msgspec
 
@@ -51,15 +52,20 @@ from ckpt_engine.update.request import EngineRequest, SocketPaths
 
 logger = logging.getLogger(__name__)
 
+Verify = Literal["off", "transport", "full"]
+
 CAUSE_SECONDS = 0.5
 """How long a rank that lost another one waits to hear why."""
 
 
-def purpose_of(checkpoint_name: str, version: str | None = None, *, restores: bool = False) -> str:
+def purpose_of(
+    checkpoint_name: str, version: str | None = None, *, verify: Verify = "off", restores: bool = False
+) -> str:
     """What ranks must be doing alike."""
     return (
         f"update({checkpoint_name!r}"
         + (f", version={version!r}" if version else "")
+        + (f", verify={verify!r}" if verify != "off" else "")
         + (", on_failure='restore'" if restores else "")
         + ")"
     )
@@ -112,7 +118,7 @@ class UpdateSession:
     update instead of freeing it before the post hooks run. `keeping`: how to keep what is read by P2P;
     `kept`: what was. `prepare` returns this rank's share, and where all bytes come from, or raises.
     `purpose`: what all ranks do (`purpose_of`). `version`: what a commit is to be called; empty: the round's
-    number.
+    number. `verify`: what workers compare with the digests of what was registered.
     """
 
     me: Rank
@@ -127,6 +133,7 @@ class UpdateSession:
     progress: Progress | None = None  # of bytes that this rank's worker gave back
     keeping: Keeping | None = None
     version: str = ""
+    verify: Verify = "off"
     _stage: str = "begin"
     _stages: dict[str, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
@@ -255,6 +262,7 @@ class UpdateSession:
                 ring=ring.handle(),
                 buckets=plan.layouts,
                 budget=self.deadline.remaining,
+                **self._verification_of(plan, senders),
             ),
             ring,
         )
@@ -265,6 +273,13 @@ class UpdateSession:
         self._pipeline = Pipeline(part, mover, self._progress_of(plan))
         self._pipeline.begin()
         return plan
+
+    def _verification_of(self, plan: UpdatePlan, senders: Senders) -> dict[str, Any]:
+        if self.verify == "off":
+            return {}
+        digests = iter(senders.digests(tensor.name for bucket in plan.layouts for tensor in bucket.tensors))
+        of_buckets = (b"".join(islice(digests, len(bucket.tensors))) for bucket in plan.layouts)
+        return {"verify": self.verify, "digests": tuple(of_buckets)}
 
     def _start_reads(self, inflow: Inflow, plan: UpdatePlan, meeting: Meeting) -> P2PReader | None:
         reader = inflow.start(plan, meeting, self._recorder)

@@ -85,7 +85,7 @@ class World:
         self.gather("a")
         return seed
 
-    def register(self, name: str, seed: int) -> None:
+    def register(self, name: str, seed: int, *, digests: bool = False) -> None:
         self.ask(
             "register",
             name=name,
@@ -93,6 +93,7 @@ class World:
             seed=seed,
             parts=lambda rank: [self.part(rank)],
             of=len(self.alive),
+            digests=digests,
         )
 
     def part(self, rank: int) -> int:
@@ -125,14 +126,16 @@ class World:
         for rank in updated:
             self.has(rank, seed, answers[rank]["version"])
 
-    def has(self, rank: int, seed: int, version: str) -> None:
-        """What the rank's worker says next: that it committed this version, with every bit of this seed."""
+    def has(self, rank: int, seed: int, version: str) -> Answer:
+        """What the rank's worker says next: it committed this version, with every bit of this seed."""
         report = self.fleet.worker(rank).answer()
         assert report["status"]["outcome"] == "committed", report["status"]
         assert report["status"]["version"] == version
         expected = digests_of(self.kind, seed)
         wrong = [name for name, digest in expected.items() if report["digests"].get(name) != digest]
         assert not wrong, f"rank {rank} has other bits than those of seed {seed}: {wrong}"
+        status: Answer = report["status"]
+        return status
 
     def start(
         self,

@@ -66,11 +66,25 @@ class SteeredRankProcess:
         self.error: BaseException | None = None
 
     def register(
-        self, name: str, kind: str, seed: int, parts: list[int], of: int, limit: int | None = None
+        self,
+        name: str,
+        kind: str,
+        seed: int,
+        parts: list[int],
+        of: int,
+        limit: int | None = None,
+        digests: bool = False,
     ) -> None:
         share = share_of(kind, seed, parts, of)
         with limited(limit, None):
-            self.ps.register_checkpoint(name, named_tensors=share)
+            self.ps.register_checkpoint(name, named_tensors=share, digests=digests)
+
+    def flip(self, name: str, buffer: int, number: int, byte: int) -> dict[str, str]:
+        """A bit of one of the registered tensors; its name."""
+        held = self.ps._registry.get(name)
+        tensor = held.buffers[buffer].tensors[number]
+        held.view(buffer, tensor.offset + byte, 1)[0] ^= 1
+        return {"tensor": tensor.name}
 
     def register_files(self, name: str, files: list[str]) -> None:
         self.ps.register_checkpoint(name, files=files)
@@ -124,6 +138,7 @@ class SteeredRankProcess:
         version: str | None = None,
         on_failure: Literal["raise", "restore"] = "raise",
         always: bool = False,
+        verify: Literal["off", "transport", "full"] | None = None,
     ) -> dict[str, Any]:
         """`wait`: whether req_func waits for the engine's answer, or returns at once. `always`: the worker
         meets with its fault in the restore, too."""
@@ -161,6 +176,7 @@ class SteeredRankProcess:
                 on_progress=on_progress,
                 version=version,
                 on_failure=on_failure,
+                verify=verify,
             )
         return {
             "version": report.version,

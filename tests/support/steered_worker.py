@@ -4,6 +4,7 @@ Whoever connects to its socket says {"handles": [[uuid, handle], ...], "fault": 
 the outcome on another; the test gets it on stdout. A fault is what to do, and where:
 
     {"act": "kill" | "stop" | "raise", "at": "begin" | "hello" | "map" | "bucket" | "post_hook", "bucket": i}
+    {"act": "flip", "at": "bucket", "bucket": i}     a bit of that bucket's first tensor, as it is loaded
     {"act": "limit", "nbytes": n}     the address space may grow by n bytes only, while the update lasts
 
 `raise` is for the engine's own code: a bucket's reload, and the post hook.
@@ -50,6 +51,7 @@ class SteeredWorkerProcess:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.uuid = cpu_uuid(load_settings(), 0)
         self.fault: dict[str, Any] = {}
+        self.flips = False
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -75,6 +77,9 @@ class SteeredWorkerProcess:
             return
         act, self.fault = self.fault["act"], {}
         say(event="fault", at=time.monotonic())
+        if act == "flip":
+            self.flips = True
+            return
         if act == "raise":
             raise RuntimeError(f"injected in {place}")
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[act])
@@ -92,6 +97,7 @@ class SteeredWorkerProcess:
     def update(self, handles: list[list[str]], fault: dict[str, Any]) -> dict[str, Any]:
         self.fault = fault
         seen = 0
+        self.flips = False
         self.at("begin")
         if fault.get("act") == "limit":
             limit_address_space(fault["nbytes"])
@@ -102,9 +108,18 @@ class SteeredWorkerProcess:
             self.at("bucket", seen - 1)
             for name, tensor in tensors:
                 self.weights[name] = tensor.clone()
+                if self.flips:
+                    self.weights[name].reshape(-1).view(torch.uint8)[5] ^= 16
+                    self.flips = False
 
         status = receiver.serve_update(
-            self.context, handles, self.uuid, None, run=run, post_hook=lambda: self.at("post_hook")
+            self.context,
+            handles,
+            self.uuid,
+            None,
+            run=run,
+            post_hook=lambda: self.at("post_hook"),
+            loaded=self.weights.get,
         )
         ended = time.monotonic()
         limit_address_space(-1)

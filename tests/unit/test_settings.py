@@ -57,6 +57,7 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_HUGE_PAGES": ("huge_pages", "false", False),
     "CKPT_ENGINE_CUSTOM_DIST": ("custom_dist", "vllm_nccl", "vllm_nccl"),
     "CKPT_ENGINE_RELEASE_GROUPS": ("release_groups", "1", True),
+    "CKPT_ENGINE_VERIFY": ("verify", "full", "full"),
     "CKPT_ENGINE_GUARD": ("guard", "true", True),
     "CKPT_ENGINE_NUMA": ("numa", "false", False),
     "CKPT_ENGINE_INPLACE_PIN": ("inplace_pin", "true", True),
@@ -81,7 +82,7 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
-    if value in (others := {"vllm_nccl": "vllm_gloo", "off": "on", "tcp": "rdma"}):
+    if value in (others := {"vllm_nccl": "vllm_gloo", "off": "on", "tcp": "rdma", "full": "transport"}):
         return others[str(value)]
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 

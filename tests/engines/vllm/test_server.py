@@ -27,7 +27,7 @@ TOKENS, STEP_SECONDS = 200, 0.025
 ATTEMPTS = 3
 """On a loaded machine an answer may be complete before the update is asked for."""
 NATIVE = ("--weight-transfer-config", '{"backend": "ckpt_engine"}')
-BELOW = ("deadline", "host_memory", "state")
+BELOW = ("checksum", "deadline", "host_memory", "state")
 PROMPT_SECONDS = 20.0
 """What a failure may take on a loaded machine; far below the update's 60 s."""
 

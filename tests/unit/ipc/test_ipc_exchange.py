@@ -67,6 +67,7 @@ def test_a_worker_process_gets_every_bit_update_after_update(
             "touched": True,
             "tensors": 3,
             "bytes": sum(tensor.nbytes for tensor in tensors.values()),
+            "verified": {},
         }
     assert answers[1]["threads"] == answers[2]["threads"]
     # ZeroMQ closes in its own thread: one connection may linger, but not one for each update.

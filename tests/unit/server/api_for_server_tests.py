@@ -95,10 +95,12 @@ class StubServer:
     def remote_topology(self) -> dict[str, set[int]]:
         return {"tcp@h": set(self.metas)}
 
-    def register_checkpoint(self, name: str, *, files: list[str], **options: bool) -> None:
+    def register_checkpoint(
+        self, name: str, *, files: list[str], digests: bool | None = None, **options: bool
+    ) -> None:
         if name in self.registered:
             raise CheckpointExistsError(f"{name!r} is registered already")
-        self._do("register", name, list(files), options)
+        self._do("register", name, list(files), options | ({"digests": digests} if digests else {}))
         self.registered[name] = list(files)
 
     def unregister_checkpoint(self, name: str, force: bool = False) -> None:
@@ -131,8 +133,9 @@ class StubServer:
         keep: bool = False,
         version: str | None = None,
         on_failure: str = "raise",
+        verify: str | None = None,
     ) -> UpdateReport:
-        asked = [*(["keep"] if keep else []), *([version, on_failure] if version else [])]
+        asked = [*(["keep"] if keep else []), *([version, on_failure, verify] if version else [])]
         self._do("update", name, timeout, ranks, *asked)
         try:
             req_func([(f"CPU-h-{rank}", f"ipc:///h{rank}") for rank in range(self.world_size)])

@@ -68,9 +68,9 @@ def test_version_and_restore_reach_every_rank_and_its_error_comes_back() -> None
     with world(2) as ranks:
         ranks.stubs[1].weights = Weights("serving", "v1", "a")
         assert ranks.client.get("/v1/healthz").json()["weights"]["state"] == "unknown"
-        body = {"version": "v2", "on_failure": "restore"}
+        body = {"version": "v2", "on_failure": "restore", "verify": "full"}
         assert ranks.client.post(UPDATE, json=body).status_code == 200
-        assert [stub.calls[-1][4:] for stub in ranks.stubs] == [("v2", "restore")] * 2
+        assert [stub.calls[-1][4:] for stub in ranks.stubs] == [("v2", "restore", "full")] * 2
         for stub in ranks.stubs:
             error = UpdateError(ErrorRecord(error_type="ValueError", message="no", rank=1), touched=False)
             error.restored = "v1"

@@ -1,0 +1,88 @@
+"""What a worker compares with the digests that were made when the checkpoint was registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ckpt_engine.checksum import DIGEST_NBYTES, checksum, digest_of
+from ckpt_engine.errors import ConfigError, CorruptionError
+from ckpt_engine.ipc.messages import Begin
+from ckpt_engine.ipc.views import RingBytes
+
+Loaded = Callable[[str], torch.Tensor | None]
+"""The engine's own tensor that holds just the bytes of an update's tensor once it is loaded; None: no tensor
+does (they are fused, sharded or converted)."""
+
+
+class Verification:
+    """Of one update. `counts`: how many tensors were compared as they `arrived`, and as they were `loaded`.
+
+    Raises:
+        ConfigError: all is to be verified, and the engine cannot tell what it has loaded.
+    """
+
+    def __init__(self, begin: Begin, ring: RingBytes, loaded: Loaded | None, *, at_once: bool) -> None:
+        if begin.verify == "full" and loaded is None:
+            raise ConfigError(
+                "verify='full': the adapter of this engine cannot compare what was loaded: use "
+                "verify='transport'"
+            )
+        self.counts = {"arrived": 0, "loaded": 0}
+        self._begin = begin
+        self._ring: RingBytes | None = ring
+        self._loaded = loaded
+        self._at_once = at_once
+        self._waiting: list[tuple[int, torch.Tensor]] = []
+
+    def bucket(self, index: int) -> None:
+        """It lies in the ring. On a device its sums are enqueued, and compared by `check_arrived`.
+
+        Raises:
+            CorruptionError: other bytes than were registered.
+        """
+        assert self._ring is not None
+        bucket = self._begin.buckets[index]
+        sums = [
+            checksum(self._ring.view(bucket.ring_offset + tensor.offset, tensor.nbytes))
+            for tensor in bucket.tensors
+        ]
+        self._waiting.append((index, torch.stack(sums)))
+        if self._at_once:
+            self.check_arrived()
+
+    def check_arrived(self) -> None:
+        """Of all buckets so far. Raises CorruptionError."""
+        waiting, self._waiting = self._waiting, []
+        for index, sums in waiting:
+            self.counts["arrived"] += len(sums)
+            for number, words in enumerate(sums.cpu()):
+                self._compare(index, number, words, "arrived with")
+
+    def check_loaded(self) -> None:
+        """Of the engine's own tensors, where they can be told. Raises CorruptionError."""
+        if self._begin.verify != "full" or self._loaded is None:
+            return
+        for index, bucket in enumerate(self._begin.buckets):
+            for number, tensor in enumerate(bucket.tensors):
+                own = self._loaded(tensor.name)
+                if own is None:
+                    continue
+                data = own.detach().contiguous().reshape(-1).view(torch.uint8)
+                self.counts["loaded"] += 1
+                self._compare(index, number, checksum(data), "was loaded as")
+
+    def let_go(self) -> None:
+        """Of the ring."""
+        self._ring = None
+
+    def _compare(self, index: int, number: int, words: torch.Tensor, how: str) -> None:
+        found = digest_of(words)
+        wanted = self._begin.digests[index][number * DIGEST_NBYTES : (number + 1) * DIGEST_NBYTES]
+        if found != wanted:
+            name = self._begin.buckets[index].tensors[number].name
+            raise CorruptionError(
+                f"tensor {name!r} (bucket {index}) {how} other bytes than were registered: their digest is "
+                f"{found.hex()}, not {wanted.hex()}. Memory or a transfer is broken between the file and here"
+            )
