@@ -20,7 +20,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help system demo test test-faults test-multihost test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
+.PHONY: help system demo test test-faults test-multihost fuzz audit test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -40,6 +40,17 @@ test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and wo
 
 test-multihost: $(STAMP)  ## Runs the tests between hosts, which are network namespaces: as root, after `make system`
 	$(BIN)/python -m pytest tests/multihost $(ARGS)
+
+fuzz: $(STAMP)  ## Fuzzes every parser, message and HTTP route, SECONDS each (default 60)
+	FUZZ_SECONDS=$(or $(SECONDS),60) $(BIN)/python -m pytest -s -q --timeout 0 tests/fuzz tests/unit/server/test_server_fuzz.py $(ARGS)
+
+audit: $(VENV)/audit/.stamp  ## Looks up known vulnerabilities of the pinned packages: needs the network
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
+
+$(VENV)/audit/.stamp: $(STAMP)
+	@$(BIN)/python -m venv $(VENV)/audit
+	@$(VENV)/audit/bin/pip -qq --disable-pip-version-check install pip-audit
+	@touch $@
 
 test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

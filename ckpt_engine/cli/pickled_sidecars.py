@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,6 +66,14 @@ class _Unpickler(pickle.Unpickler):
         raise _Refused("has a persistent id: refused")
 
 
+def _check_memo(text: bytes) -> None:
+    """Raises _Refused for a place in the memo beyond what so short a pickle could use: the unpickler would
+    allocate all places up to it, which may be 4 G."""
+    for opcode, argument, _ in pickletools.genops(text):
+        if opcode.name.endswith("PUT") and int(argument or 0) > len(text):
+            raise _Refused("has a memo that is larger than itself: refused")
+
+
 def read_pickled_sidecar(path: Path, tp_size: int | None) -> Sidecar:
     """What the pickle at `path` says of the arrays of its file. Whether it is true is not checked here.
 
@@ -77,6 +86,7 @@ def read_pickled_sidecar(path: Path, tp_size: int | None) -> Sidecar:
             raise CheckpointFormatError(f"{path}: {nbytes} bytes are over the limit of {MAX_PICKLE_NBYTES}")
         text = read_exactly(file, nbytes, path)
     try:
+        _check_memo(text)
         items = _Unpickler(io.BytesIO(text)).load()
     except _Refused as error:
         raise CheckpointFormatError(f"{path}: {error}") from None
