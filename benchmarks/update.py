@@ -7,6 +7,10 @@ Every rank registers its share as tensors, and has a worker process that copies 
 of its own. One JSON line for each update (the first one is cold), and a last one with the medians of the
 others. `limit_seconds`: on CPU one memcpy of all bytes in one process; on CUDA the copy of all bytes from
 the registered host memory to the device, in pieces of 256 MiB. `ratio` = limit / ours.
+
+With `--verify transport` every other update is verified; the last line then has the medians of both kinds,
+`verify_cost` (how much longer the verified ones took), and `digest_seconds`: of the digests of this rank's
+share.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 
 from benchmarks.fleet import Lines, Shapes, Worker, parameter_server, run_ranks, shapes_of, share_of, sum_of
 from ckpt_engine import ParameterServer
+from ckpt_engine.checkpoint.arena import default_threads
 from ckpt_engine.devices import detect_device
 
 PIECE_NBYTES = 256 * 1024 * 1024
@@ -36,8 +41,9 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
     run_seconds = 0.0
     with parameter_server(rank, arguments.ranks, kind, port) as ps:
         begin = time.perf_counter()
-        ps.register_checkpoint("benchmark", named_tensors=tensors)
+        ps.register_checkpoint("benchmark", named_tensors=tensors, digests=bool(arguments.verify))
         register_seconds = time.perf_counter() - begin
+        digest_seconds = seconds_of_digests(ps) if arguments.verify else 0.0
         del tensors
         worker.wait_until_ready()
 
@@ -45,22 +51,27 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
             nonlocal run_seconds
             run_seconds = worker.update(paths)
 
-        for number in range(arguments.rounds + 1):
+        kinds = ("off", arguments.verify) if arguments.verify else ("off",)
+        for number, verify in enumerate([*kinds * (arguments.rounds + 1)]):
             limit = limit_seconds(ps, kind, shapes) if rank == 0 else 0.0
             begin = time.perf_counter()
             ps.gather_metas("benchmark")
             gathered = time.perf_counter()
-            report = ps.update("benchmark", req_func, timeout=600, keep_buffers=arguments.keep_buffers)
+            report = ps.update(
+                "benchmark", req_func, timeout=600, keep_buffers=arguments.keep_buffers, verify=verify
+            )
             if arguments.ranks == 1 and worker.sum() != expected:
                 raise RuntimeError(f"the worker's parameters sum to {worker.sum()}, not {expected}")
             lines.append(
                 {
-                    "round": number,
+                    "round": number // len(kinds),
+                    "verify": verify,
                     "bytes": report.nbytes,
                     "tensors": report.tensors,
                     "buckets": report.buckets,
                     "ring_bytes": report.ring_nbytes,
                     "register_seconds": round(register_seconds, 4),
+                    "digest_seconds": round(digest_seconds, 4),
                     "gather_seconds": round(gathered - begin, 5),
                     "seconds": round(report.seconds, 5),
                     "run_seconds": round(run_seconds, 5),
@@ -70,6 +81,12 @@ def serve(rank: int, arguments: argparse.Namespace, port: int) -> Lines:
             )
     worker.close()
     return lines
+
+
+def seconds_of_digests(ps: ParameterServer) -> float:
+    begin = time.perf_counter()
+    ps._registry.get("benchmark").add_digests(default_threads())
+    return time.perf_counter() - begin
 
 
 def limit_seconds(ps: ParameterServer, kind: str, shapes: Shapes) -> float:
@@ -107,6 +124,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="updates after the first, cold one")
     parser.add_argument("--tensor-mib", type=float, default=64.0, help="MiB of each tensor")
     parser.add_argument("--keep-buffers", action="store_true", help="keep the ring from update to update")
+    parser.add_argument("--verify", choices=("transport",), help="verify every other update")
     parser.add_argument("--json", action="store_true", help="only JSON lines (they are printed anyway)")
     arguments = parser.parse_args()
     arguments.device = detect_device(arguments.device)
@@ -119,7 +137,9 @@ def main() -> None:
     }
     for line in lines:
         print(json.dumps(common | line | figures(line["bytes"], line["seconds"], line["limit_seconds"])))
-    warm = lines[1:] or lines
+    kinds = 2 if arguments.verify else 1
+    rest = lines[kinds:] or lines
+    warm = [line for line in rest if line["verify"] == "off"]
     seconds = statistics.median(line["seconds"] for line in warm)
     limit = statistics.median(line["limit_seconds"] for line in warm)
     summary = {
@@ -131,6 +151,13 @@ def main() -> None:
         "limit_seconds": limit,
         "limit": "memcpy" if arguments.device == "cpu" else "pinned H2D",
     }
+    if arguments.verify:
+        verified = statistics.median(line["seconds"] for line in rest if line["verify"] != "off")
+        summary |= {
+            "verified_seconds": verified,
+            "verify_cost": round(verified / seconds - 1, 3),
+            "digest_seconds": warm[0]["digest_seconds"],
+        }
     print(json.dumps(common | summary | figures(warm[0]["bytes"], seconds, limit)))
 
 

@@ -2,7 +2,7 @@
 
 `update` may be given a fault of this rank, and one of its worker (`steered_worker`):
 
-    {"act": "kill" | "stop" | "raise" | "interrupt", "at": "request" | "buckets"}
+    {"act": "kill" | "stop" | "raise" | "interrupt" | "terminate", "at": "request" | "buckets"}
 
 when its engine is to be asked, or when a third of the bytes is loaded.
 
@@ -30,6 +30,7 @@ import torch
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
 from ckpt_engine.metadata import metas_from_json, metas_to_json
+from ckpt_engine.termination import ends_in_order
 from tests.support.checkpoints import share_of
 from tests.support.steered_worker import limit_address_space, say
 
@@ -42,6 +43,9 @@ def act(what: str, where: str) -> None:
         raise RuntimeError(f"injected in {where}")
     if what == "interrupt":
         raise KeyboardInterrupt
+    if what == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+        return
     os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[what])
 
 
@@ -205,7 +209,7 @@ class SteeredRankProcess:
 
 def main() -> None:
     torch.set_num_threads(1)
-    with ParameterServer(device="cpu") as ps:
+    with ends_in_order(), ParameterServer(device="cpu") as ps:
         rank = SteeredRankProcess(ps, sys.argv[1])
         for line in sys.stdin:
             request = json.loads(line)
