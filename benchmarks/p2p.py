@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -213,7 +213,8 @@ class Team:
 
     def close(self) -> None:
         for pipe in self.pipes:
-            pipe.send(None)
+            with suppress(OSError):  # one that died has ended already, and the others are to end all the same
+                pipe.send(None)
             pipe.close()
         for process in self._processes:
             process.join()
