@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ckpt_engine.timeline.trace import COPY, P2P, RELOAD
 from tests.multihost.network import Network
 from tests.support.checkpoints import digests_of
 from tests.support.joins import (
@@ -24,6 +26,7 @@ from tests.support.joins import (
     register,
 )
 from tests.support.steered import Fleet
+from tests.support.traces import check_committed, updates_in
 
 SEED = 20271127
 LEASE_PORT = "21500"
@@ -116,16 +119,32 @@ def test_three_that_join_at_once_read_from_each_other(launch: Launch, network: N
     assert sum(network.sent_nbytes(host) for host in range(1, 4)) - sum(before) > 0.9 * NBYTES
 
 
-def test_a_slow_link_only_takes_longer(launch: Launch, network: Network) -> None:
+def test_a_slow_link_only_takes_longer(launch: Launch, network: Network, tmp_path: Path) -> None:
+    """While a bucket is read, those before it go to the other rank, and into the workers."""
     network.slow_down(1, "100mbit")
     try:
         owners, metas = owners_with(launch, 2, 2, 0, seed=SEED)
         in_place(owners, SEED)
-        joiners = launch(1, 1, 2)
+        joiners = launch(2, 1, 2, CKPT_ENGINE_TRACE_DIR=str(tmp_path))
         load(joiners, metas)
         in_place(joiners, SEED)
     finally:
         network.slow_down(1, "100gbit")
+    (traces,) = updates_in(tmp_path)
+    check_committed(traces)
+    reads = [span for trace in traces for span in trace.of(P2P)]
+    assert sorted(span.bucket for span in reads) == list(range(traces[0].about.buckets))
+    for track in (COPY, RELOAD):
+        spans = [span for trace in traces for span in trace.of(track)]
+        beside = [
+            span
+            for span in spans
+            if any(
+                read.bucket > span.bucket and read.begin < span.end and span.begin < read.end
+                for read in reads
+            )
+        ]
+        assert len(beside) > len(spans) / 2, track
 
 
 def test_a_cut_link_is_reported_and_all_works_once_it_is_mended(launch: Launch, network: Network) -> None:

@@ -130,3 +130,12 @@ def test_other_weights_of_the_same_name_are_not_those_that_were_joined(gathered:
     }
     put(gathered, "step", mine, {}, ["step"])
     assert gathered.fleets == (mine,)
+
+
+def test_who_joins_another_fleet_must_say_which_ranks(gathered: GatheredMetas) -> None:
+    """Its owners' ranks are not this fleet's, whatever their numbers."""
+    gathered.load([of_fleet("owners", metas(r0=["a"], r5=["b"]))])
+    with pytest.raises(ConfigError, match=r"held by another fleet.* with ranks=\[\.\.\.\]"):
+        gathered.members("step", [0, 1], all_ranks=True)
+    assert gathered.members("step", [1]) == (1,)
+    assert gathered.of("step", "", [], [1]).metas == {}

@@ -370,15 +370,46 @@ class NpuEngine:
         return int(self.listener.getsockname()[1])
 
 
+def put_in_mooncakes_place(monkeypatch: pytest.MonkeyPatch, engine: type[NpuEngine]) -> None:
+    module = ModuleType("mooncake.engine")
+    module.TransferEngine = engine  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mooncake", ModuleType("mooncake"))
+    monkeypatch.setitem(sys.modules, "mooncake.engine", module)
+
+
+@pytest.mark.parametrize("conflicts", [1, 7, 8])
+def test_ports_that_others_took_meanwhile_are_tried_again(
+    no_mooncake_variables: None, monkeypatch: pytest.MonkeyPatch, conflicts: int
+) -> None:
+    """Each time by a new engine, eight times in all; then what mooncake said is told."""
+    engines: list[object] = []
+
+    class BusyEngine(NpuEngine):
+        def initialize(self, *arguments: str) -> int:
+            engines.append(self)
+            if len(engines) <= conflicts:
+                os.write(2, b"E1128 02:30:00.1 1 tcp_transport.cpp:1] bind: Address already in use\n")
+                return -1
+            return super().initialize(*arguments)
+
+    put_in_mooncakes_place(monkeypatch, BusyEngine)
+    monkeypatch.setattr(NpuEngine, "protocol", "tcp")
+    if conflicts < 8:
+        store = make_p2p_store(load_settings(), "127.0.0.1", "cpu", [])
+        assert store.transport == "tcp"
+        store.close()
+    else:
+        with pytest.raises(P2PUnavailable, match=r"cannot start at 127\.0\.0\.1 .*Address already in use"):
+            make_p2p_store(load_settings(), "127.0.0.1", "cpu", [])
+    assert len({id(engine) for engine in engines}) == min(conflicts + 1, 8)
+
+
 @pytest.mark.parametrize("protocol", ["ascend", "ascend_direct", "tcp"])
 def test_what_mooncake_is_asked_for_on_npus(
     no_mooncake_variables: None, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
     """The host's RDMA devices are nothing to it; and it calls its transport `ascend`."""
-    module = ModuleType("mooncake.engine")
-    module.TransferEngine = NpuEngine  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mooncake", ModuleType("mooncake"))
-    monkeypatch.setitem(sys.modules, "mooncake.engine", module)
+    put_in_mooncakes_place(monkeypatch, NpuEngine)
     monkeypatch.setattr(NpuEngine, "asked", [])
     monkeypatch.setattr(NpuEngine, "protocol", protocol)
     if protocol == "tcp":

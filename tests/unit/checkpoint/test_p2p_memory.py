@@ -1,4 +1,7 @@
-"""Files taken in place, read under the rules of RDMA devices: on a stand-in that asks the kernel."""
+"""What checkpoints register for P2P, and for how long: on a stand-in that, as a driver, asks the kernel.
+
+Files taken in place follow the rules of RDMA devices; the shared memory pool is registered once.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ from files_in_memory_for_tests import files_in, two_files
 from pinner_for_tests import FakePinner, permissions_of
 
 from ckpt_engine.checkpoint import CheckpointRegistry, HostCheckpoint, mapped_file
+from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import P2PError
+from ckpt_engine.metadata import layout_digest
+from ckpt_engine.transport.leases import Lease, Share
 from ckpt_engine.transport.mooncake_store import MooncakeStore
 from ckpt_engine.transport.p2p import Piece
 from ckpt_engine.update.serving import Serving
@@ -28,7 +34,7 @@ class Side:
         self.serving = Serving(
             lambda: MooncakeStore(self.engine, "10.0.0.1:1", transport), "127.0.0.1", max_readers=1
         )
-        self.serving.start()
+        _, _, self.leases = self.serving.start()
 
     def read(self, held: HostCheckpoint, buffer: int) -> torch.Tensor:
         """A host buffer's bytes, as another rank gets them, at the address that metas tell."""
@@ -99,3 +105,43 @@ def test_a_file_that_may_not_be_written_is_an_error_that_says_so(
     other.serving.offer(held)
     assert torch.equal(other.read(held, 0), held.view(0, 0, held.buffers[0].nbytes))
     other.serving.close()
+
+
+def test_a_refilled_pool_registers_nothing_and_its_old_metas_read_nothing(
+    registry: CheckpointRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other bytes at the same addresses under the same name: only the epoch tells."""
+    side = Side("rdma")
+    calls: list[int] = []
+    real = side.engine.batch_register_memory
+    monkeypatch.setattr(
+        side.engine, "batch_register_memory", lambda *given: (calls.append(1), real(*given))[1]
+    )
+    shares: list[Share] = []
+    for version in range(3):
+        tensors = {"t": torch.full((1000,), float(version))}
+        held = registry.register("c", named_tensors=tensors, use_shared_memory_pool=True)
+        side.serving.offer(held)
+        shares.append(
+            Share(
+                address=side.leases,
+                session=side.serving.session,
+                checkpoint="c",
+                epoch=held.epoch,
+                layout=layout_digest(held.buffers),
+            )
+        )
+        for old in shares[:-1]:
+            assert old.layout == shares[-1].layout
+            with pytest.raises(P2PError, match="was registered anew: its metas are out of date"):
+                Lease.take(old, Deadline.after(30))
+        lease = Lease.take(shares[-1], Deadline.after(30))
+        assert torch.equal(side.read(held, 0)[:4000].view(torch.float32), tensors["t"])
+        lease.check()
+        lease.release()
+        side.serving.withdraw("c", Deadline.after(30))
+        registry.unregister("c")
+    assert len(calls) == 1
+    registry.unregister("c", force=True)
+    assert side.engine.registered == {}
+    side.serving.close()
