@@ -112,7 +112,7 @@ class VllmDemo(Demo):
         words = {f"w{index}": index for index in range(config["vocab_size"])}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))  # noqa: S106 - a word
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(self._checkpoint)  # type: ignore[no-untyped-call]  # noqa: S106
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(self._checkpoint)  # type: ignore[no-untyped-call]  # noqa: S106 - a token of text
 
     def _start(self, name: str, load_format: str) -> str:
         """An engine that answers; its endpoint."""
