@@ -19,7 +19,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "3"))
 SEED = int(os.environ.get("FUZZ_SEED", str(time.time_ns() % 10**9)))
-EXAMPLES = 200
+EXAMPLES = 100
 """In one go; then the clock is looked at."""
 CORPUS = Path(__file__).parent / "corpus"
 
