@@ -216,6 +216,7 @@ def push(
     report_file: Path | None = None,
     timeout: float,
     health_timeout: float,
+    version: str | None = None,
 ) -> UpdateReport:
     """This rank's part of a command that puts weights into engines. Rank 0 tells what happens.
 
@@ -239,7 +240,7 @@ def push(
             check_can_be_written(save_metas_file, "--save-metas-file")
             check_can_be_written(report_file, "--report-file")
         stages = Stages(shown=leads)
-        run = _Run(ps, stages, group, make_engine(group), timeout, health_timeout)
+        run = _Run(ps, stages, group, make_engine(group), timeout, health_timeout, version)
         name = run.prepare(weights)
         if leads and save_metas_file is not None:
             write(save_metas_file, metas_to_json(ps.get_metas()))
@@ -275,6 +276,7 @@ class _Run:
     target: Target
     timeout: float
     health_timeout: float
+    version: str | None
 
     @property
     def asks(self) -> bool:
@@ -336,7 +338,13 @@ class _Run:
             self.target.paused(timeout) if asks else nullcontext(),
         ):
             report = self.ps.update(
-                name, ask_engine, timeout=timeout, ranks=ranks, keep=keep, on_progress=on_progress
+                name,
+                ask_engine,
+                timeout=timeout,
+                ranks=ranks,
+                version=self.version,
+                keep=keep,
+                on_progress=on_progress,
             )
         if takes_part:
             self.stages.say(

@@ -22,6 +22,12 @@ from ckpt_engine.cli.push import AnyEngine, InferenceGroup, Split, Target, Updat
 DEFAULT_ENDPOINT = "http://localhost:19730"
 
 
+class Verification(str, Enum):
+    OFF = "off"
+    TRANSPORT = "transport"
+    FULL = "full"
+
+
 class Engine(str, Enum):
     """Which engine listens at the endpoint."""
 
@@ -150,6 +156,21 @@ def update(
             "seconds, so that others who join read it here.",
         ),
     ] = False,
+    weight_version: Annotated[
+        str | None,
+        typer.Option(
+            help="What the weights are called from then on, by workers and reports.",
+            show_default="a number that grows",
+        ),
+    ] = None,
+    verify: Annotated[
+        Verification | None,
+        typer.Option(
+            help="Make digests while registering, and compare what arrives with them; full: what the engine "
+            "then holds, too, where its adapter can tell.",
+            show_default="CKPT_ENGINE_VERIFY, else off",
+        ),
+    ] = None,
     report_file: Annotated[
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
     ] = None,
@@ -172,6 +193,8 @@ def update(
     """Put a checkpoint into running engines. Run it on every rank with torchrun, or alone."""
     if custom_dist != "auto":
         os.environ["CKPT_ENGINE_CUSTOM_DIST"] = custom_dist
+    if verify is not None:
+        os.environ["CKPT_ENGINE_VERIFY"] = verify.value
     make_engine = _engine_maker(engine, pause, api_key, partial=partial, ignored=ignored or (), native=native)
     weights = Weights.chosen(
         path=checkpoint_path,
@@ -193,6 +216,7 @@ def update(
         report_file=report_file,
         timeout=timeout,
         health_timeout=health_timeout,
+        version=weight_version,
     )
 
 

@@ -175,6 +175,7 @@ def sglang_update(
         uds=uds,
         timeout=timeout,
         health_timeout=server_timeout,
+        version=weight_version or checkpoint_name,
     )
 
 
@@ -348,6 +349,7 @@ def command(
         report_file=report_file,
         timeout=timeout,
         health_timeout=server_timeout,
+        version=weight_version or checkpoint_name,
     )
 
 

@@ -443,3 +443,22 @@ def test_plain_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     tell(2048, 4096)
     tell(3072, 4096)
     assert capsys.readouterr().err == "update: 2.00 KiB of 4.00 KiB\n"
+
+
+def test_a_version_of_the_caller_s_and_digests(
+    cli: Cli, checkpoint: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT_ENGINE_VERIFY", "off")
+    report, metas = tmp_path / "report.json", tmp_path / "metas.json"
+    done = cli(
+        *("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url, "--weight-version", "step 7"),
+        *("--verify", "transport", "--report-file", report, "--save-metas-file", metas),
+    )
+    assert done.exit_code == 0, done.output
+    assert json.loads(report.read_text())["version"] == "step 7"
+    assert "is in place as version step 7" in done.stdout
+    held = metas_from_json(metas.read_text())[0]
+    assert all(tensor.digest for buffer in held.buffers for tensor in buffer.tensors)
+    done = cli("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url, "--verify", "full")
+    assert done.exit_code == 1
+    assert "cannot compare what was loaded" in done.output
