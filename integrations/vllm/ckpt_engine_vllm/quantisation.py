@@ -27,7 +27,8 @@ PROVEN = frozenset(
         ("Fp8PtpcOnlineLinearMethod", "ChannelWiseTorchFP8ScaledMMLinearKernel"),
     }
 )
-"""vLLM's method (or, of compressed-tensors, its scheme), and the kernel."""
+"""vLLM's method (or, of compressed-tensors, its scheme), and the kernel; all of them on CPU. Some run on CUDA
+too, where none was compared."""
 PASSED_OVER = re.compile(r"\.g_idx$")
 """The order of a GPTQ checkpoint's groups, which vLLM does not read where it is the plain one."""
 _SCALES_IN_TENSORS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -44,10 +45,11 @@ def refuse_unproven(model: torch.nn.Module, quantization: str | None) -> None:
             continue
         kind = getattr(module, "scheme", None) or method
         found = (type(kind).__name__, kernel_of(kind))
-        if found not in PROVEN:
+        device = next((weight.device.type for weight in module.parameters(recurse=False)), "cpu")
+        if found not in PROVEN or device != "cpu":
             raise ConfigError(
-                f"{name}: updating {quantization} weights of vLLM's {found[0]} with {found[1]} is not in "
-                "this version: restart the engine with the new checkpoint"
+                f"{name}: updating {quantization} weights of vLLM's {found[0]} with {found[1]} on {device} "
+                "is not in this version: restart the engine with the new checkpoint"
             )
 
 

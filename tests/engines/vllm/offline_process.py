@@ -2,7 +2,8 @@
 
 Requests: {"start": {LLM's arguments}}, {"generate": [prompts of token ids]},
 {"complete": prompt}, {"rpc": [method, args, kwargs]},
-{"update": [a checkpoint's directory, options]}. An answer is {"result": ...} or {"error": traceback}.
+{"update": [a checkpoint's directory, options]}, {"join": {the arguments of one parameter server of several}},
+{"executor": null}. An answer is {"result": ...} or {"error": traceback}.
 """
 
 from __future__ import annotations
@@ -12,14 +13,21 @@ import json
 import os
 import sys
 import traceback
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from ckpt_engine import ParameterServer
+
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 MAX_TOKENS = 12
 
 
 class Offline:
     def __init__(self) -> None:
         self.llm: Any = None
+        self.ps: ParameterServer | None = None
+        """One of several, which stay."""
 
     def start(self, arguments: dict[str, Any]) -> None:
         from vllm import LLM
@@ -63,13 +71,31 @@ class Offline:
         import ckpt_engine_vllm
 
         from ckpt_engine import ParameterServer
+        from ckpt_engine.checkpoint import split_checkpoint
 
         directory, options = call
-        device = os.environ.get("TEST_DEVICE", "cpu")
-        with ParameterServer(rank=0, world_size=1, device=device) as ps:
-            ps.register_checkpoint("new", files=[f"{directory}/model.safetensors"])
-            ps.gather_metas("new")
-            return ckpt_engine_vllm.update(self.llm, ps, "new", timeout=100, **options).version
+        with ExitStack() as stack:
+            ps = self.ps
+            if ps is None:
+                ps = stack.enter_context(ParameterServer(rank=0, world_size=1, device=DEVICE))
+            ps.register_checkpoint(directory, files=split_checkpoint(directory, ps.rank, ps.world_size))
+            stack.callback(ps.unregister_checkpoint, directory)
+            ps.gather_metas(directory)
+            return ckpt_engine_vllm.update(self.llm, ps, directory, timeout=100, **options).version
+
+    def join(self, place: dict[str, Any]) -> None:
+        """From now on updates are those of several parameter servers, of which this process's is one."""
+        from ckpt_engine import ParameterServer
+
+        self.ps = ParameterServer(**place, device=DEVICE)
+
+    def executor(self, _: None) -> str:
+        """Which of vLLM's has the workers."""
+        return type(self.llm.llm_engine.model_executor).__name__
+
+    def close(self) -> None:
+        if self.ps is not None:
+            self.ps.close()
 
 
 def main() -> None:
@@ -83,6 +109,7 @@ def main() -> None:
             answer = {"error": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+    offline.close()
 
 
 if __name__ == "__main__":

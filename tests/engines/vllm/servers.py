@@ -140,16 +140,16 @@ class Server:
 
 
 class Fleet:
-    """A parameter server for each rank."""
+    """A parameter server for each rank, or for those from `first` on."""
 
-    def __init__(self, size: int, log: Path, **environment: str) -> None:
+    def __init__(self, size: int, log: Path, *, first: int = 0, **environment: str) -> None:
         self._log = log
-        port = free_port()
+        self.port = free_port()
         self.processes = []
         with log.open("a") as output:
-            for rank in range(size):
+            for rank in range(first, size):
                 env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+                env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "GLOO_SOCKET_IFNAME": "lo"}
                 process = subprocess.Popen(
                     [sys.executable, "-m", "tests.engines.vllm.rank_process"],
                     cwd=ROOT,

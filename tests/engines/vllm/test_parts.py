@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,6 +73,56 @@ def test_a_drafters_tensors_have_a_prefix_unless_the_mains_checkpoint_has_them(
     main, drafter = parts_of(worker(config(method, draft), torch.nn.Linear(2, 2)))
     assert (drafter.name, drafter.prefix) == ("drafter", prefix)
     assert main.own_name("drafter.weight") == (None if prefix else "drafter.weight")
+
+
+def v2_runner(kind: str | None, drafter: torch.nn.Module | None = None) -> Any:  # noqa: ANN401
+    """vLLM's V2 model runner with a speculator of `kind`, both its own classes. They need Triton to be made;
+    what an update asks of them needs only these fields."""
+    runner = object.__new__(import_module("vllm.v1.worker.gpu.model_runner").GPUModelRunner)
+    runner.model, runner.speculator = torch.nn.Linear(2, 2), None
+    if kind is not None:
+        module, _, name = kind.rpartition(".")
+        speculator = import_module(f"vllm.v1.worker.gpu.spec_decode.{module}")
+        runner.speculator = object.__new__(getattr(speculator, name))
+        runner.speculator.model = drafter
+    return runner
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        ("eagle", "eagle.speculator.EagleSpeculator"),
+        ("mtp", "mtp.speculator.MTPSpeculator"),
+        ("mtp", "multi_module_mtp.speculator.MultiModuleMTPSpeculator"),
+        ("draft_model", "standalone_ar.speculator.StandaloneARSpeculator"),
+        ("dflash", "dflash.speculator.DFlashSpeculator"),
+        ("dspark", "dspark.speculator.DSparkSpeculator"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM's runner imports
+@pytest.mark.parametrize("tells", [True, False], ids=["get_draft_model", "older"])
+def test_the_speculator_of_vllms_v2_runner_is_a_part(method: str, kind: str, tells: bool) -> None:
+    """A runner without `get_draft_model` is asked for its `speculator`, as a V1 runner for its `drafter`."""
+    drafter = torch.nn.Linear(2, 2)
+    runner = v2_runner(kind, drafter)
+    asked = worker(config(method, SimpleNamespace(model="head")))
+    asked.model_runner = runner if tells else SimpleNamespace(speculator=runner.speculator)
+    assert [part.model for part in parts_of(asked)] == [asked.get_model(), drafter]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_speculator_of_the_v2_runner_that_has_no_weights_is_no_part() -> None:
+    asked = worker(config("ngram"))
+    asked.model_runner = v2_runner("ngram.speculator.NgramGPUSpeculator")
+    assert [part.name for part in parts_of(asked)] == ["model"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_v2_runner_that_shows_no_model_is_refused() -> None:
+    asked = worker(config("eagle", SimpleNamespace(model="head")))
+    asked.model_runner = v2_runner(None)
+    with pytest.raises(ConfigError, match="does not show where that model is"):
+        parts_of(asked)
 
 
 @pytest.mark.parametrize("method", [None, *WITHOUT_WEIGHTS])

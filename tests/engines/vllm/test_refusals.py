@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from ckpt_engine_vllm.quantisation import refuse_unproven
 from ckpt_engine_vllm.refusals import refuse_unsupported
 
 from ckpt_engine.errors import ConfigError, UpdateError
@@ -71,3 +74,58 @@ def test_a_reload_that_moves_a_parameter_fails_for_good(
         ):
             update_from(offline, checkpoints("qwen3", "b"), **options)
     assert offline.rpc("ckpt_engine_status")[0]["weights"] == "incomplete"
+
+
+def test_padded_experts_are_refused_by_name(offline: OfflineEngine, checkpoints: Checkpoints) -> None:
+    """vLLM pads them once, when it starts, and a reload has no place for the padding."""
+    offline.start(checkpoints("moe-padded", "a"))
+    before = offline.answers()
+    message = r"ConfigError: .*experts.*: its experts' intermediate size of 48 on each rank is padded to 64"
+    with pytest.raises(UpdateError, match=message) as caught:
+        update_from(offline, checkpoints("moe-padded", "b"))
+    assert caught.value.touched is False
+    assert offline.answers() == before
+
+
+FP8, PER_CHANNEL = "fp8.Fp8LinearMethod", "online.fp8.Fp8PtpcOnlineLinearMethod"
+TORCH_KERNEL = "pytorch.ChannelWiseTorchFP8ScaledMMLinearKernel"
+fp8_of_vllm = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+"""What is imported for it warns."""
+
+
+def quantised(method: str, kernel: str, device: str) -> torch.nn.Module:
+    """A layer as vLLM leaves one that it quantised: with its own classes, whose devices need not be here."""
+    layer = torch.nn.Linear(2, 2, device=device)
+    layer.quant_method = _of_vllm(f"layers.quantization.{method}")
+    layer.quant_method.fp8_linear = _of_vllm(f"kernels.linear.scaled_mm.{kernel}")
+    return torch.nn.Sequential(layer)
+
+
+def _of_vllm(path: str) -> Any:  # noqa: ANN401 - vLLM has no types here
+    module, _, name = path.rpartition(".")
+    return object.__new__(getattr(import_module(f"vllm.model_executor.{module}"), name))
+
+
+@fp8_of_vllm
+@pytest.mark.parametrize(
+    ("method", "kernel", "device"),
+    [
+        (FP8, "cutlass.CutlassFP8ScaledMMLinearKernel", "cpu"),
+        (FP8, "cutlass.CutlassFp8BlockScaledMMKernel", "cpu"),
+        # It runs on CPU and on CUDA. The meta device stands for any other than a CPU.
+        (PER_CHANNEL, TORCH_KERNEL, "meta"),
+    ],
+)
+def test_fp8_on_cuda_is_refused_by_name(method: str, kernel: str, device: str) -> None:
+    names = [path.rpartition(".")[2] for path in (method, kernel)]
+    message = rf"^0: updating fp8 weights of vLLM's {names[0]} with {names[1]} on {device} is not in this"
+    with pytest.raises(ConfigError, match=message):
+        refuse_unproven(quantised(method, kernel, device), "fp8")
+
+
+@fp8_of_vllm
+@pytest.mark.parametrize(
+    ("method", "kernel"), [(FP8, "cpu.CPUFp8BlockScaledMMKernel"), (PER_CHANNEL, TORCH_KERNEL)]
+)
+def test_fp8_that_was_compared_on_cpu_is_not_refused(method: str, kernel: str) -> None:
+    refuse_unproven(quantised(method, kernel, "cpu"), "fp8")
