@@ -134,15 +134,6 @@ def another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return package
 
 
-def test_another_package_is_left_alone(another_package: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger=plugin.__name__):
-        plugin.serve_stock_handler("it is too new")
-    assert plugin.STOCK_PACKAGE not in sys.modules
-    assert "does not take this SGLang's updates: it is too new." in caplog.text
-    assert f"the package checkpoint-engine 0.4.2 ({another_package})" in caplog.text
-    assert "pip uninstall checkpoint-engine" in caplog.text
-
-
 def test_another_package_beside_a_version_that_is_known(
     another_package: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
