@@ -1,4 +1,7 @@
-"""Joining a real `ckpt-engine serve` of another host: by `update --join URL`, and by HTTP requests alone."""
+"""Real commands on several hosts: torchrun's rendezvous, and joining a `ckpt-engine serve` of another host.
+
+That is joined by `update --join URL`, and by HTTP requests alone.
+"""
 
 from __future__ import annotations
 
@@ -109,6 +112,13 @@ def logs(directory: Path) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(directory.glob("log-*")))
 
 
+def ended(process: subprocess.Popen[str]) -> int | None:
+    """Its status; None: it goes on."""
+    with suppress(subprocess.TimeoutExpired):
+        return process.wait(SECONDS)
+    return None
+
+
 def start_engine(start: Start, directory: Path, host: int) -> str:
     uds = directory / f"engine-{host}.sock"
     model = str(directory / "model")
@@ -148,7 +158,7 @@ def test_a_served_fleet_is_joined(network: Network, start: Start, directory: Pat
         command += ["--endpoint", "http://engine", "--uds", engines[host]]
         sent = network.sent_nbytes(3)
         joiner = start(host, "-m", "ckpt_engine.cli.main", *command, **SECRET)
-        assert joiner.wait(SECONDS) == 0, logs(directory)
+        assert ended(joiner) == 0, logs(directory)
         told = json.loads(report.read_text())
         assert (told["update_method"], told["checkpoint"]) == ("join", "served")
         assert (told["p2p_transport"], told["p2p_bytes"], told["bytes"]) == ("tcp", nbytes, nbytes)
@@ -187,3 +197,30 @@ def test_a_served_fleet_is_joined(network: Network, start: Start, directory: Pat
     owner.kill()
     owner.wait(SECONDS)
     assert join(0, f"unix:{uds}") > nbytes * 0.9
+
+
+def test_torchrun_on_two_hosts(network: Network, start: Start, directory: Path) -> None:
+    """Two ranks in each, an engine for each rank: a broadcast to all, then the first one reads what others
+    hold."""
+    models.make_checkpoint(directory / "model", seed=SEED, size="tiny")
+    expected, nbytes = models.file_digests(directory / "model")
+    for group in range(4):
+        arguments = ("--model", directory / "model", "--seed", group, "--device-index", group % 2)
+        uds = ("--uds", directory / f"engine-{group}.sock")
+        start(group // 2, "-m", "ckpt_engine.embedded_engine", *map(str, (*arguments, *uds)))
+    report = directory / "report.json"
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2")
+    torchrun += ("--master-addr", network.address(0), "--master-port", "29500")
+    update = ("-m", "ckpt_engine.cli.main", "update", "--checkpoint-path", str(directory / "model"))
+    update += ("--update-method", "all", "--inference-parallel-size", "1", "--endpoint", "http://engine")
+    update += ("--uds", str(directory / "engine-{group}.sock"), "--report-file", str(report))
+    # torch asks for the name of each peer's address, and nobody answers here: not for long, then.
+    names = {"RES_OPTIONS": "timeout:1 attempts:1"}
+    launchers = [start(host, *torchrun, "--node-rank", str(host), *update, **names) for host in (0, 1)]
+    for launcher in launchers:
+        assert ended(launcher) == 0, logs(directory)
+    for group in range(4):
+        holds(str(directory / f"engine-{group}.sock"), expected)
+    told = json.loads(report.read_text())
+    assert (told["world_size"], told["p2p_transport"], told["bytes"]) == (4, "tcp", nbytes)
+    assert 0 < told["p2p_bytes"] < nbytes
