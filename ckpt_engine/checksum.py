@@ -5,8 +5,9 @@ zeros. With s(r) the sum of row r and t(c) that of column c, all modulo 2^64, th
 
     sum of all words,   K * sum (r+1) s(r)  +  sum (c+1) t(c)
 
-So one flipped bit, or a word in another's place, changes it. It tells of broken transfers and memory, not of
-an attacker: whoever can write the bytes can make others of the same digest.
+So one flipped bit always changes it. Sums are linear: some damage of many bits cancels out, such as an even
+number of top bits of words at even distances. It tells of broken transfers and memory, not of an attacker:
+whoever can write the bytes can make others of the same digest.
 """
 
 from __future__ import annotations

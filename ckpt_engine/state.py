@@ -40,12 +40,12 @@ class WeightsState:
 
     @property
     def complete(self) -> bool:
-        """Whether what was there before the update at work, or is there now, is one whole version."""
-        return self._before.state != "incomplete"
+        """Whether what is there now is one whole version, as far as is known."""
+        return self.now.state not in ("updating", "incomplete")
 
     def begin(self) -> None:
-        if self.now.state != "updating":
-            self._before = self.now
+        broke_off = Weights("incomplete", reason="an update broke off without a word")
+        self._before = broke_off if self.now.state == "updating" else self.now
         self.now = Weights("updating", self._before.version, self._before.checkpoint, self._before.reason)
 
     def commit(self, version: str, checkpoint: str | None = None) -> None:

@@ -1,4 +1,5 @@
-"""The digest is what its definition says, wherever the bytes lie, and no small damage escapes it."""
+"""The digest is what its definition says, wherever the bytes lie, and changes with a bit, and with words that
+change places (at random: it is linear, and some damage of many bits cancels out)."""
 
 from __future__ import annotations
 

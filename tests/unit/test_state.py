@@ -26,6 +26,15 @@ def test_what_was_not_touched_is_as_before() -> None:
     for before in (Weights("unknown"), Weights("serving", "1", "a"), Weights("incomplete", reason="why")):
         state = WeightsState(before)
         state.begin()
-        state.begin()
         state.fail("refused", touched=False)
         assert state.now == before
+
+
+def test_an_update_that_broke_off_without_a_word_leaves_nothing_whole() -> None:
+    state = WeightsState(SERVING_INITIAL)
+    state.begin()
+    assert not state.complete
+    state.begin()
+    state.fail("refused", touched=False)
+    assert state.now.state == "incomplete"
+    assert not state.complete

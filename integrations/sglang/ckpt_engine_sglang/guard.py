@@ -26,7 +26,11 @@ Send = Callable[[Message], Awaitable[None]]
 SERVER = "sglang.srt.entrypoints.http_server"
 UPDATE = "_ckpt_engine_update"
 """Attribute of the tokenizer manager: set at the end of the update that is under way."""
-_GUARDED = ("/generate", "/encode", "/classify", "/invocations", "/vertex_generate", "/v1/")
+_GUARDED = (
+    *("/generate", "/encode", "/classify", "/invocations", "/vertex_generate", "/v1/"),
+    *("/api/chat", "/api/generate"),  # Ollama's
+)
+_METHODS = ("POST", "PUT")
 _SAY_AGAIN_SECONDS = 60.0
 HTTP_UNAVAILABLE = 503
 
@@ -47,7 +51,9 @@ class Guard:
         self._reason = reason
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith(_GUARDED)
+        guarded = (
+            scope["type"] == "http" and scope["method"] in _METHODS and scope["path"].startswith(_GUARDED)
+        )
         reason = await self._reason() if guarded else None
         if reason is None:
             await self._app(scope, receive, send)

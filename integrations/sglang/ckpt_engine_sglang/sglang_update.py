@@ -194,7 +194,10 @@ def command(
         ),
     ] = None,
     host: Annotated[str | None, typer.Option(help="In place of --endpoint: the server's address.")] = None,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="With --host: its port.")] = 30000,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="With --host: its port.", show_default="30000"),
+    ] = None,
     uds: Annotated[
         str | None,
         typer.Option(help="Reach the server on this Unix socket; {group} stands for the group's number."),
@@ -300,6 +303,8 @@ def command(
     """Put a checkpoint into running SGLang servers, all of them or none."""
     if host is not None and endpoint:
         raise typer.BadParameter("give --endpoint or --host, not both", param_hint="--host")
+    if port is not None and host is None:
+        raise typer.BadParameter("is for --host: say which, or give --endpoint", param_hint="--port")
     if checksums_file is not None and not verify:
         raise typer.BadParameter("is for --verify", param_hint="--checksums-file")
     if nnodes > 1 and master_addr is None:
@@ -312,7 +317,7 @@ def command(
         metas_files=load_metas_file or (),
         join=join or (),
     )
-    endpoints = endpoint or [f"http://{host}:{port}" if host else DEFAULT_ENDPOINT]
+    endpoints = endpoint or [f"http://{host}:{port or 30000}" if host else DEFAULT_ENDPOINT]
     api_key = _read_key(api_key_file, "--api-key-file", "SGLANG_API_KEY")
     admin_api_key = _read_key(admin_api_key_file, "--admin-api-key-file", "SGLANG_ADMIN_API_KEY")
     if "RANK" not in os.environ:

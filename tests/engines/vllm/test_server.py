@@ -350,6 +350,11 @@ def test_between_sleep_and_waking_up(world: World, level: int) -> None:
     assert world.server.answers() == world.expected["b"]
 
 
+def ranks_directories() -> list[Path]:
+    """Without the link to that of rank 0, where ranks of one host meet."""
+    return [path for path in RUNTIME.iterdir() if not path.is_symlink()]
+
+
 @pytest.mark.parametrize("asker", ["killed as well", "lives"])
 def test_parameter_servers_that_die_leave_an_engine_that_lives(
     world: World, tmp_path: Path, asker: str
@@ -363,7 +368,7 @@ def test_parameter_servers_that_die_leave_an_engine_that_lives(
             asked = pool.submit(world.server.rpc, "update_weights_from_ipc", world.fleet.handles())
         assert fifo.read_text() == "here"
         world.fleet.kill()
-        assert len(list(RUNTIME.iterdir())) == world.size
+        assert len(ranks_directories()) == world.size
         fifo.write_text("go on")
         started = time.monotonic()
         if lives:
@@ -378,7 +383,7 @@ def test_parameter_servers_that_die_leave_an_engine_that_lives(
     world.fleet.commit(world.server, world.paths["b"])
     assert world.server.answers() == world.expected["b"]
     # The new ones' own; what the killed ones left is gone.
-    assert len(list(RUNTIME.iterdir())) == world.size
+    assert len(ranks_directories()) == world.size
 
 
 def test_an_update_that_is_too_slow_ends_before_its_call_and_the_next_one_works(world: World) -> None:
