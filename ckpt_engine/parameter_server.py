@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -40,7 +40,7 @@ from ckpt_engine.gathered import GatheredMetas, Senders
 from ckpt_engine.gathering import Gathering
 from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
-from ckpt_engine.settings import load_settings
+from ckpt_engine.settings import Verify, load_settings
 from ckpt_engine.state import Weights, WeightsState
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
 from ckpt_engine.transport.control import error_of
@@ -50,7 +50,7 @@ from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
 from ckpt_engine.update.restoring import Committed, Restore, check_restorable, purpose_of_restore
-from ckpt_engine.update.session import UpdateReport, UpdateSession, Verify, purpose_of
+from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
 
 logger = logging.getLogger(__name__)
 
@@ -398,10 +398,10 @@ class ParameterServer:
                 deadline=deadline_of(timeout),
             )
             raise restore.run(error) from error.__cause__
-        except Exception:
-            raise
         except BaseException as error:
-            if restores and session.began and not session.committed:  # the others need not wait for this rank
+            interrupted = not isinstance(error, Exception)
+            if interrupted and restores and session.began and not session.committed:
+                # The others need not wait for this rank.
                 record = ErrorRecord.from_exception(error, rank=self.rank, stage="restore")
                 session.me.control.tell_mistake(purpose_of_restore(checkpoint_name), record)
             raise
@@ -610,7 +610,7 @@ def _check_update(version: str | None, on_failure: str, verify: str) -> None:
         raise ConfigError(f"version={version!r}: give 1 to {MAX_VERSION} printable characters, or None")
     if on_failure not in ("raise", "restore"):
         raise ConfigError(f"on_failure={on_failure!r}: give 'raise' or 'restore'")
-    if verify not in ("off", "transport", "full"):
+    if verify not in get_args(Verify):
         raise ConfigError(f"verify={verify!r}: give 'off', 'transport' or 'full'")
 
 

@@ -21,6 +21,9 @@ from ckpt_engine.errors import ConfigError
 MiB = 1024 * 1024
 GiB = 1024 * MiB
 
+Verify = Literal["off", "transport", "full"]
+"""What an update compares with the digests of what was registered."""
+
 DEFAULT_SLOT_MIB = {"cuda": 256, "npu": 256, "cpu": 16}
 """A device's copies are at their limit from a few hundred MiB in flight; a host's are fastest near its
 caches, and a ring's fresh pages cost more than the copies through them (benchmarks/update.py)."""
@@ -123,9 +126,7 @@ class Settings(BaseSettings):
     # Ours: where each update's trace goes
     trace_dir: Path | None = Field(None, validation_alias=AliasChoices("trace_dir", "CKPT_ENGINE_TRACE_DIR"))
 
-    verify: Literal["off", "transport", "full"] = Field(
-        "off", validation_alias=AliasChoices("verify", "CKPT_ENGINE_VERIFY")
-    )
+    verify: Verify = Field("off", validation_alias=AliasChoices("verify", "CKPT_ENGINE_VERIFY"))
 
     guard: bool = Field(False, validation_alias=AliasChoices("guard", "CKPT_ENGINE_GUARD"))
 

@@ -142,7 +142,10 @@ class EmbeddedEngine:
             return models.generate_greedily(self._model, prompt_token_ids, max_tokens)
 
     def _loaded(self, name: str) -> torch.Tensor | None:
-        return dict(self._model.named_parameters(remove_duplicate=False)).get(name)
+        try:
+            return self._model.get_parameter(name)
+        except AttributeError:
+            return None
 
     def _reload(self, named_tensors: list[tuple[str, torch.Tensor]]) -> None:
         models.load_weights(self._model, named_tensors)

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ckpt_engine.settings import Verify
+
 MAX_SECONDS = 7 * 24 * 3600.0
 
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
@@ -84,7 +86,7 @@ class UpdateRequest(_Request):
     on_failure: Literal["raise", "restore"] = Field(
         "raise", description="As of `ParameterServer.update`: restore puts the version before back."
     )
-    verify: Literal["off", "transport", "full"] | None = Field(
+    verify: Verify | None = Field(
         None, description="As of `ParameterServer.update`: what is compared with the digests."
     )
     timeout: Seconds = Field(600.0, description="Seconds that the whole update may take.")

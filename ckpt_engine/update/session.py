@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
@@ -36,6 +36,7 @@ from ckpt_engine.ipc.messages import Begin
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
 from ckpt_engine.planning.plan import UpdatePlan
+from ckpt_engine.settings import Verify
 from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
@@ -51,8 +52,6 @@ from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import EngineRequest, SocketPaths
 
 logger = logging.getLogger(__name__)
-
-Verify = Literal["off", "transport", "full"]
 
 CAUSE_SECONDS = 0.5
 """How long a rank that lost another one waits to hear why."""

@@ -15,19 +15,9 @@ def world(worlds: Worlds) -> World:
     return worlds(2, 1)
 
 
-def new_checkpoint(world: World, *, digests: bool = True) -> int:
-    if world.registered:
-        world.ask("unregister", name="a")
-    seed = next(world._seeds)
-    world.register("a", seed, digests=digests)
-    world.registered = True
-    world.gather("a")
-    return seed
-
-
 @pytest.mark.parametrize("verify", ["transport", "full"])
 def test_good_bytes_pass_and_are_counted(world: World, verify: str) -> None:
-    seed = new_checkpoint(world)
+    seed = world.new_checkpoint(digests=True)
     for rank in world.alive:
         world.fleet.worker(rank)
     answers = world.answers_to("update", name="a", verify=verify, version="good")
@@ -40,7 +30,7 @@ def test_good_bytes_pass_and_are_counted(world: World, verify: str) -> None:
 
 @pytest.mark.parametrize("owner", [0, 1])
 def test_a_bit_that_flips_after_registering_is_found_by_all_and_named(world: World, owner: int) -> None:
-    seed = new_checkpoint(world)
+    seed = world.new_checkpoint(digests=True)
     flip: dict[str, Any] = {"name": "a", "buffer": 0, "number": 3, "byte": 17}
     name = world.fleet.ranks[owner].ask("flip", **flip)["tensor"]
     world.start(verify="transport")
@@ -56,7 +46,7 @@ def test_a_bit_that_flips_after_registering_is_found_by_all_and_named(world: Wor
 
 
 def test_a_bit_that_flips_while_it_is_loaded_is_found_in_full(world: World) -> None:
-    new_checkpoint(world)
+    world.new_checkpoint(digests=True)
     victim = world.last
     worker = world.fleet.worker(victim)
     fault = {"act": "flip", "at": "bucket", "bucket": 4}
@@ -65,11 +55,11 @@ def test_a_bit_that_flips_while_it_is_loaded_is_found_in_full(world: World) -> N
     record = failed_alike(answers)
     assert (record["error_type"], record["rank"], record["stage"]) == ("CorruptionError", victim, "post_hook")
     assert "(bucket 4) was loaded as other bytes" in record["message"]
-    world.put_in_place(new_checkpoint(world), verify="full")
+    world.put_in_place(world.new_checkpoint(digests=True), verify="full")
 
 
 def test_what_has_no_digests_is_not_verified(world: World) -> None:
-    seed = new_checkpoint(world, digests=False)
+    seed = world.new_checkpoint()
     world.start(verify="transport")
     answers = world.reported("no digests", world.started(), MISTAKE_SECONDS, world.alive)
     for answer in answers.values():

@@ -75,12 +75,12 @@ class World:
 
     # Updates
 
-    def new_checkpoint(self) -> int:
+    def new_checkpoint(self, *, digests: bool = False) -> int:
         """Shares out other weights than the workers have, as checkpoint "a"; their seed."""
         if self.registered:
             self.ask("unregister", name="a")
         seed = next(self._seeds)
-        self.register("a", seed)
+        self.register("a", seed, digests=digests)
         self.registered = True
         self.gather("a")
         return seed

@@ -30,6 +30,7 @@ import torch
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
 from ckpt_engine.metadata import metas_from_json, metas_to_json
+from ckpt_engine.settings import Verify
 from ckpt_engine.termination import ends_in_order
 from tests.support.checkpoints import share_of
 from tests.support.steered_worker import limit_address_space, say
@@ -142,7 +143,7 @@ class SteeredRankProcess:
         version: str | None = None,
         on_failure: Literal["raise", "restore"] = "raise",
         always: bool = False,
-        verify: Literal["off", "transport", "full"] | None = None,
+        verify: Verify | None = None,
     ) -> dict[str, Any]:
         """`wait`: whether req_func waits for the engine's answer, or returns at once. `always`: the worker
         meets with its fault in the restore, too."""

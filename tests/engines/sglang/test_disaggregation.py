@@ -7,6 +7,7 @@ up the cache; what prefills has mooncake's, over TCP, and is not asked to genera
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,8 @@ def server(
         SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION="false",
         SGLANG_WAIT_WEIGHTS_READY_TIMEOUT="600",
     )
-    try:
+    with closing(made):
         yield made.wait()
-    finally:
-        made.close()
 
 
 def test_updates_equal_loads_from_disk(server: Server, checkpoints: Checkpoints) -> None:

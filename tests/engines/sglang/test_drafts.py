@@ -7,6 +7,7 @@ those of the draft among them, tell.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,8 @@ def of_draft(server: Server) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server(checkpoints: Checkpoints, log: Callable[[str], Path]) -> Iterator[Server]:
     made = serving(checkpoints, log("draft"), WAIT)
-    try:
+    with closing(made):
         yield made.wait()
-    finally:
-        made.close()
 
 
 def test_one_checkpoint_after_the_other(server: Server, checkpoints: Checkpoints) -> None:

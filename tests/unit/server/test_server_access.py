@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import torch
-from api_for_server_tests import StubServer
+from api_for_server_tests import StubServer, answering
 from fastapi.testclient import TestClient
 from safetensors.torch import save_file
 
@@ -290,12 +289,8 @@ def redirecting() -> Iterator[tuple[str, list[str]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-        thread.join()
+    with answering(Handler) as url:
+        yield url, asked
 
 
 def test_an_engine_s_redirects_are_not_followed(redirecting: tuple[str, list[str]]) -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import quote
 
 import pytest
-from api_for_server_tests import EVERYTHING, SECONDS, StubServer, metas_of, update_error
+from api_for_server_tests import EVERYTHING, SECONDS, StubServer, answering, metas_of, update_error
 from fastapi.testclient import TestClient
 
 from ckpt_engine.errors import (
@@ -60,12 +59,8 @@ def engine() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/collective_rpc", requests
-        server.shutdown()
-        thread.join()
+    with answering(Handler) as url:
+        yield f"{url}/collective_rpc", requests
 
 
 def test_a_checkpoint_s_life(client: TestClient, ps: StubServer) -> None:
