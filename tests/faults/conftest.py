@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from reports_for_fault_tests import Reports
@@ -51,6 +52,14 @@ def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewWorld]:
     for fleet in fleets:
         fleet.end()
     shared.end()
+
+
+@pytest.fixture
+def engines(tmp_path: Path) -> Iterator[Engines]:
+    """Of one test's own."""
+    made = Engines(tmp_path)
+    yield made
+    made.end()
 
 
 @pytest.fixture(scope="session")

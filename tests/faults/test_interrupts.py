@@ -6,7 +6,6 @@ Ranks and workers are real processes.
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 from reports_for_fault_tests import MISTAKE_SECONDS
@@ -33,8 +32,8 @@ def test_an_interrupted_update_ends_on_all_ranks_and_the_next_one_works(world: W
     world.nothing_is_left()
 
 
-def test_a_terminated_rank_ends_the_update_first(new_world: NewWorld, tmp_path: Path) -> None:
-    world = new_world(2, 1, Engines(tmp_path))
+def test_a_terminated_rank_ends_the_update_first(new_world: NewWorld, engines: Engines) -> None:
+    world = new_world(2, 1, engines)
     world.new_checkpoint()
     world.start({1: {"act": "terminate", "at": "buckets"}})
     when = world.fleet.ranks[1].happened("fault")

@@ -6,7 +6,6 @@ Ranks and workers are real processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from reports_for_fault_tests import KILLED_SECONDS, MISTAKE_SECONDS
@@ -148,8 +147,8 @@ def test_what_could_not_be_restored_is_refused_before_a_byte_moves(world: World,
     assert all("registered or gathered anew" in answer["message"] for answer in answers.values())
 
 
-def test_what_a_lost_rank_held_cannot_be_restored(new_world: NewWorld, tmp_path: Path) -> None:
-    world = new_world(2, 1, Engines(tmp_path))
+def test_what_a_lost_rank_held_cannot_be_restored(new_world: NewWorld, engines: Engines) -> None:
+    world = new_world(2, 1, engines)
     made = Versions(world)
     victim, survivor = 1, 0
     made.fail(faults={victim: {"act": "kill", "at": "buckets"}})
