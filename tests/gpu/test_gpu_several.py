@@ -39,10 +39,12 @@ KILLED_SECONDS = 10.0
 STOPPED_SECONDS = 40.0
 
 SERVER = """
-import json, sys, time, torch
+import json, os, sys, time, torch
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
-def say(**what): print(json.dumps(what), flush=True)
+said_to = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # what libraries print (vLLM logs there) goes where errors go
+def say(**what): print(json.dumps(what), file=said_to, flush=True)
 ps = ParameterServer(device="cuda")
 def share(part, of, version):
     return {f"t{i}": torch.full((1024, 1024), float(version + i)) for i in range(part, int(sys.argv[1]), of)}
