@@ -8,13 +8,15 @@ is all that travels.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ckpt_engine.errors import ProtocolError
+from ckpt_engine.deadline import Deadline
+from ckpt_engine.errors import ErrorRecord, ProtocolError
 from ckpt_engine.metadata import Layout, Metas, RankMetas, layout_from_json, layout_to_json
+from ckpt_engine.transport.control import Control, error_of
 
 KEPT = 2
 """Of how many gathers, the latest, the layouts are kept: trainers fill one arena while another is sent."""
@@ -40,6 +42,34 @@ class Gathered:
 
     metas: Metas
     layouts: dict[int, str]
+
+
+@dataclass(kw_only=True)
+class Meetings:
+    """Where the ranks meet in one gather. `without_lost`: without those that are gone, which are then `lost`,
+    with why; `failed`: why this rank's share could not be registered."""
+
+    control: Control
+    purpose: str
+    members: Sequence[int]
+    deadline: Deadline
+    without_lost: bool
+    failed: ErrorRecord | None
+    lost: dict[int, str] = field(default_factory=dict)
+
+    def meet(self, what: str, payload: Callable[[], bytes]) -> Mapping[int, bytes]:
+        """As of `Meet`. Raises UpdateError: a rank did not come, or could not register its share."""
+        round_ = self.control.open_round(f"{self.purpose}: {what}" if what else self.purpose, self.members)
+        try:
+            if self.failed is not None:
+                raise error_of(self.failed)
+            return round_.exchange(payload(), self.deadline, without_lost=self.without_lost)
+        except BaseException as error:
+            round_.abort(ErrorRecord.from_exception(error, rank=self.control.rank, stage="gather"))
+            raise
+        finally:
+            self.lost.update(round_.lost)
+            round_.leave()
 
 
 class Gathering:

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -30,35 +30,26 @@ from ckpt_engine.deadline import Deadline, Timeout, deadline_of
 from ckpt_engine.devices import detect_device, device_count, make_device, numa_place_of
 from ckpt_engine.errors import (
     CheckpointExistsError,
-    CkptEngineError,
     ConfigError,
     ErrorRecord,
-    OutcomeUnknown,
-    UpdateError,
 )
-from ckpt_engine.gathered import GatheredMetas, Senders
-from ckpt_engine.gathering import Gathering
+from ckpt_engine.gathered import GatheredMetas
+from ckpt_engine.gathering import Gathering, Meetings
 from ckpt_engine.ipc.sockets import SocketDirectory
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import Verify, load_settings
-from ckpt_engine.state import Weights, WeightsState
+from ckpt_engine.state import Weights
 from ckpt_engine.transport.bootstrap import MeetingPoint, host_ip, own_store, place_of, store_of_caller
-from ckpt_engine.transport.control import error_of
 from ckpt_engine.transport.vllm_groups import check_custom_dist
-from ckpt_engine.update.keeping import Keeping
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
-from ckpt_engine.update.restoring import Committed, Restore, check_restorable, purpose_of_restore
-from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
+from ckpt_engine.update.running import InPlace, Running, Wanted, check_arguments
+from ckpt_engine.update.session import UpdateReport, purpose_of
 
 logger = logging.getLogger(__name__)
 
 TEN_MINUTES = timedelta(minutes=10)
-KEPT_SECONDS = 30.0
-"""How long ranks may take to tell each other what they keep, once their update is committed."""
-MAX_VERSION = 256
-"""Longest name of a version, in characters."""
 
 
 class ParameterServer:
@@ -135,8 +126,7 @@ class ParameterServer:
             host_ip=self.settings.host_ip or host_ip(master_addr or self.settings.master_addr),
         )
         self._me: Rank | None = None
-        self._weights = WeightsState(Weights("unknown"))
-        self._committed: Committed | None = None
+        self._in_place = InPlace()
         self._owns_default_group = False
         _OPEN.add(self)
 
@@ -248,24 +238,17 @@ class ParameterServer:
         if self.rank not in members:
             raise ConfigError(f"ranks={members}: rank {self.rank} is not among them: it must not gather")
         me = self._rank(deadline)
-        lost: dict[int, str] = {}
-
-        def meet(what: str, payload: Callable[[], bytes]) -> Mapping[int, bytes]:
-            round_ = me.control.open_round(f"{purpose}: {what}" if what else purpose, members)
-            try:
-                if checkpoint_name in self._failed:
-                    raise error_of(self._failed[checkpoint_name])
-                return round_.exchange(payload(), deadline, without_lost=ranks is None)
-            except BaseException as error:
-                round_.abort(ErrorRecord.from_exception(error, rank=self.rank, stage="gather"))
-                raise
-            finally:
-                lost.update(round_.lost)
-                round_.leave()
-
-        held = self._held(checkpoint_name)
-        gathered = self._gathering.gather(lambda: self._metas_of(checkpoint_name, held), meet)
-        self._gathered.put(checkpoint_name, gathered, lost, self._registry.names())
+        held = self._registry.find(checkpoint_name)
+        meetings = Meetings(
+            control=me.control,
+            purpose=purpose,
+            members=members,
+            deadline=deadline,
+            without_lost=ranks is None,
+            failed=self._failed.get(checkpoint_name),
+        )
+        gathered = self._gathering.gather(lambda: self._metas_of(checkpoint_name, held), meetings.meet)
+        self._gathered.put(checkpoint_name, gathered, meetings.lost, self._registry.names())
 
     def get_metas(self) -> Metas:
         """What was gathered or loaded last: rank -> what it holds."""
@@ -350,7 +333,7 @@ class ParameterServer:
             CheckpointError: there is nothing to restore.
         """
         verify = self.settings.verify if verify is None else verify
-        _check_update(version, on_failure, verify)
+        check_arguments(version, on_failure, verify)
         restores = on_failure == "restore"
         purpose = purpose_of(checkpoint_name, version, verify=verify, restores=restores)
         wanted = self._in_range(ranks, purpose)
@@ -358,130 +341,36 @@ class ParameterServer:
         if self.rank not in members:
             logger.info("rank %d is not needed in the update of %r on %s", self.rank, checkpoint_name, wanted)
             return UpdateReport.not_needed(checkpoint_name)
-        receives = self.rank in wanted
-        before = self._restorable(members) if restores and receives else None
-
-        def session_of(
-            name: str, purpose: str, version: str, receives: bool, *, keep: bool = False
-        ) -> UpdateSession:
-            deadline = deadline_of(timeout)
-            return UpdateSession(
-                me=self._rank(deadline),
-                members=members,
-                receives=receives,
-                checkpoint_name=name,
-                purpose=purpose,
-                version=version,
-                verify=verify,
-                prepare=lambda: self._prepare(name, members, keep=keep),
-                req_func=req_func,
-                deadline=deadline,
-                keep_buffers=keep_buffers,
-                progress=on_progress,
-                keeping=self._keeping(name) if keep else None,
-            )
-
-        session = session_of(checkpoint_name, purpose, version or "", receives, keep=keep)
-        try:
-            report = self._run(session)
-        except UpdateError as error:
-            if not (restores and session.began and not isinstance(error, OutcomeUnknown)):
-                raise
-            restore = Restore(
-                control=session.me.control,
-                members=members,
-                failed=session,
-                before=before,
-                again=lambda name, version, asked: self._run(
-                    session_of(name, purpose_of(name, version, verify=verify), version, asked)
-                ),
-                deadline=deadline_of(timeout),
-            )
-            raise restore.run(error) from error.__cause__
-        except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            if interrupted and restores and session.began and not session.committed:
-                # The others need not wait for this rank.
-                record = ErrorRecord.from_exception(error, rank=self.rank, stage="restore")
-                session.me.control.tell_mistake(purpose_of_restore(checkpoint_name), record)
-            raise
-        logger.info(
-            "rank %d: %r is in place as version %s: %d tensors, %d bytes in %.3f s",
-            self.rank,
-            checkpoint_name,
-            report.version,
-            report.tensors,
-            report.nbytes,
-            report.seconds,
+        running = Running(
+            rank=self.rank,
+            registry=self._registry,
+            gathered=self._gathered,
+            p2p=self._p2p,
+            in_place=self._in_place,
+            join=self._rank,
+            metas_of=self._metas_of,
+            gather=self.gather_metas,
         )
-        return report
-
-    def _run(self, session: UpdateSession) -> UpdateReport:
-        """Keeps what comes of it, whatever comes of it."""
-        if session.receives:
-            self._weights.begin()
-        try:
-            return session.run()
-        except UpdateError as error:
-            if session.receives:
-                self._weights.fail(error.record.describe(), touched=error.touched is not False)
-            raise
-        finally:
-            if session.kept is not None:  # also if it was committed, and `req_func` failed
-                self._registry.adopt(session.kept)
-            digest = session.metas_digest
-            if session.keeping is not None and session.committed:
-                digest = self._gather_what_is_kept(session) or digest
-            if session.receives and session.committed:
-                self._committed = Committed(
-                    checkpoint=session.checkpoint_name,
-                    version=session.version,
-                    digest=digest,
-                    nbytes=session.held_nbytes,
-                )
-                self._weights.commit(session.version, session.checkpoint_name)
-            elif session.receives and self.weights.state == "updating":
-                self._weights.fail("the update was interrupted", touched=session.touched)
-
-    def _restorable(self, members: Sequence[int]) -> Committed:
-        return check_restorable(
-            self._committed, lambda name: self._prepare(name, members, keep=False)[1].digest
+        return running.run(
+            Wanted(
+                checkpoint_name=checkpoint_name,
+                req_func=req_func,
+                timeout=timeout,
+                members=members,
+                receives=self.rank in wanted,
+                version=version,
+                restores=restores,
+                verify=verify,
+                keep_buffers=keep_buffers,
+                keep=keep,
+                progress=on_progress,
+            )
         )
 
     @property
     def weights(self) -> Weights:
         """What this rank's worker holds, by its last update from here. Can be asked for from any thread."""
-        return self._weights.now
-
-    def _gather_what_is_kept(self, session: UpdateSession) -> str:
-        """The digest of where an update would come from now; empty: of where it came from.
-
-        The weights are in place whatever comes of this. Without it, only the directory of those who were
-        read tells of what is kept.
-        """
-        name = session.checkpoint_name
-        try:
-            self.gather_metas(name, timeout=KEPT_SECONDS, ranks=session.members)
-            return self._prepare(name, session.members, keep=False)[1].digest
-        except CkptEngineError as error:
-            logger.warning("%r is kept, but those who join by this rank are not told: %s", name, error)
-            return ""
-
-    def _keeping(self, name: str) -> Keeping:
-        def promise(share: HostCheckpoint) -> RankMetas:
-            return self._metas_of(name, share, filled=False)
-
-        return Keeping(ends=self._p2p, promise=promise)
-
-    def _prepare(
-        self, name: str, members: Sequence[int], *, keep: bool
-    ) -> tuple[HostCheckpoint | None, Senders]:
-        held = self._held(name)
-        if keep and held is not None:
-            raise CheckpointExistsError(
-                f"{name!r} is registered on rank {self.rank}: unregister it before another one is kept"
-            )
-        return held, self._gathered.of(name, held.epoch if held else "", self._registry.names(), members)
+        return self._in_place.weights.now
 
     def _in_range(self, ranks: Sequence[int] | None, purpose: str) -> list[int]:
         """The ranks, sorted; None or empty: all.
@@ -497,10 +386,6 @@ class ParameterServer:
             record = ErrorRecord.from_exception(mistake, rank=self.rank, stage="begin")
             self._me.control.tell_mistake(purpose, record)
         raise mistake
-
-    def _held(self, checkpoint_name: str) -> HostCheckpoint | None:
-        known = checkpoint_name in self._registry.names()
-        return self._registry.get(checkpoint_name) if known else None
 
     # Groups
 
@@ -601,17 +486,6 @@ class ParameterServer:
             buffers=held.buffers if held else (),
             **self._p2p.offer(held, filled=filled),
         )
-
-
-def _check_update(version: str | None, on_failure: str, verify: str) -> None:
-    if version is not None and not (
-        isinstance(version, str) and 0 < len(version) <= MAX_VERSION and version.isprintable()
-    ):
-        raise ConfigError(f"version={version!r}: give 1 to {MAX_VERSION} printable characters, or None")
-    if on_failure not in ("raise", "restore"):
-        raise ConfigError(f"on_failure={on_failure!r}: give 'raise' or 'restore'")
-    if verify not in get_args(Verify):
-        raise ConfigError(f"verify={verify!r}: give 'off', 'transport' or 'full'")
 
 
 _OPEN: weakref.WeakSet[ParameterServer] = weakref.WeakSet()

@@ -166,6 +166,11 @@ class CheckpointRegistry:
             )
         return checkpoint
 
+    def find(self, checkpoint_name: str) -> HostCheckpoint | None:
+        """The checkpoint of that name; None: nothing is registered under it."""
+        with self._lock:
+            return self._held.get(checkpoint_name)
+
     def unregister(self, checkpoint_name: str, *, force: bool = False) -> bool:
         """Frees the checkpoint; False if there was none of that name (or it is still being loaded).
 
