@@ -2,6 +2,7 @@
 
     python -m benchmarks.control --ranks 1,2,4,8,16,32,64 --json
     python -m benchmarks.control --plot control.png
+    python -m benchmarks.control --lines measured-elsewhere.json --plot control.png
 
 Every rank is a process, whose worker is the thread of its `req_func`; the first and the last hold a tensor
 of 2 KiB each, so the number of buckets stays the same. Hosts are names (CKPT_ENGINE_HOST_ID): the first
@@ -19,6 +20,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,8 +140,14 @@ def main() -> None:
     parser.add_argument("--ranks", default="1,2,4,8,16,32,64", help="numbers of ranks, with commas")
     parser.add_argument("--rounds", type=int, default=10, help="updates after the first, cold one")
     parser.add_argument("--plot", help="a picture of the lines goes to this file (needs matplotlib)")
+    parser.add_argument("--lines", type=Path, help="plot these lines, printed before, and measure nothing")
     parser.add_argument("--json", action="store_true", help="only JSON lines (they are printed anyway)")
     arguments = parser.parse_args()
+    if arguments.lines is not None:
+        if not arguments.plot:
+            parser.error("--lines needs --plot FILE: where the picture goes")
+        plot([json.loads(line) for line in arguments.lines.read_text().splitlines()], arguments.plot)
+        return
     multiprocessing.set_forkserver_preload(["ckpt_engine", "ckpt_engine.ipc.receiver"])
     lines = []
     for count in arguments.ranks.split(","):
