@@ -26,32 +26,19 @@ from ckpt_engine.errors import UpdateError
 from tests.engines.vllm.engines import Answers, Checkpoints, OfflineEngine
 from tests.engines.vllm.parameter_servers import update_from
 from tests.engines.vllm.servers import Server
+from tests.gpu.vllm_engines import APART, DECODES, SLOT_NBYTES, SMALL, WHOLE_GRAPHS, same, tell
 from tests.integration.conftest import torchrun
 
 pytestmark = pytest.mark.timeout(500)
 
-# vLLM's default has Inductor write the kernels, runs pieces of a prompt and whole decodes in graphs. Without
-# Inductor its own kernels run, prompts too in whole graphs.
-WHOLE_GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL"}}
 MODES: dict[str, dict[str, Any]] = {"qwen3": {}, "tied": WHOLE_GRAPHS, "moe": WHOLE_GRAPHS}
-SMALL = {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": 2**28}
-"""Several engines share the device."""
-SLOT_NBYTES = 100_000
-"""So that an update of a tiny model takes several buckets."""
-TOLERANCE = 0.02
-"""Of log-probabilities: another order of the sums in a kernel, which tuning may choose, changes logits of
-about 4 by a unit in bfloat16's last place, 2 ** -6. With code from vLLM's cache there should be none."""
 BETWEEN_SERVERS = 0.2
 """The same, between two servers of a larger model, of which one wrote the compiled code that the other found:
 three units in the last place of logits near 16. In one process TOLERANCE holds."""
-APART = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "TEST_DEVICE": "cuda"}
-"""As vLLM is by default: its worker in another process than the LLM class."""
 SERVER_OPTIONS = (
     *("--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**30)),
     *("--weight-transfer-config", '{"backend": "ckpt_engine"}'),
 )
-DECODES = 30
-"""Of the steps of an engine's answers, at least."""
 
 
 @dataclass
@@ -140,7 +127,7 @@ def test_updates_equal_loads_from_disk(model: Model) -> None:
     for version in "aba":
         report = update_from(model.engine, model.paths[version], slot_nbytes=SLOT_NBYTES, device="cuda")
         assert report.buckets > 1
-        differences.append(_same(model.engine.answers(), model.expected[version]))
+        differences.append(same(model.engine.answers(), model.expected[version]))
         (status,) = model.engine.rpc("ckpt_engine_status")
         assert (status["weights"], status["version"]) == ("serving", report.version)
         # The graphs that were captured before read what is there now.
@@ -148,13 +135,13 @@ def test_updates_equal_loads_from_disk(model: Model) -> None:
         (now,) = model.engine.rpc("test_replays")
         assert now >= replays + DECODES, "no CUDA graphs ran"
         replays = now
-    _tell(logprob_differences=differences, parameters=len(addresses), replays=replays)
+    tell(logprob_differences=differences, parameters=len(addresses), replays=replays)
 
 
 def test_update_in_one_call(model: Model) -> None:
     for version in "ba":
         committed = model.engine.ask("update", [str(model.paths[version]), {}])
-        _same(model.engine.answers(), model.expected[version])
+        same(model.engine.answers(), model.expected[version])
         assert model.engine.rpc("ckpt_engine_status")[0]["version"] == committed
 
 
@@ -165,7 +152,7 @@ def test_an_exception_in_the_worker_comes_back_and_the_next_update_works(model: 
         update_from(model.engine, model.paths["b"], slot_nbytes=SLOT_NBYTES, device="cuda")
     assert model.engine.rpc("ckpt_engine_status")[0]["weights"] == "incomplete"
     update_from(model.engine, model.paths["b"], device="cuda")
-    _same(model.engine.answers(), model.expected["b"])
+    same(model.engine.answers(), model.expected["b"])
 
 
 def test_a_missing_tensor_is_refused_and_the_old_weights_serve(model: Model) -> None:
@@ -174,7 +161,7 @@ def test_a_missing_tensor_is_refused_and_the_old_weights_serve(model: Model) -> 
     del tensors["model.layers.0.self_attn.k_proj.weight"]
     with pytest.raises(UpdateError, match=r"WeightsMismatch: .*k_proj.weight"):
         update_from(model.engine, tensors, device="cuda")
-    _same(model.engine.answers(), model.expected["a"])
+    same(model.engine.answers(), model.expected["a"])
 
 
 def test_a_server_is_updated_sooner_than_restarted(starting: Starting, tmp_path: Path) -> None:
@@ -199,17 +186,17 @@ def test_a_server_is_updated_sooner_than_restarted(starting: Starting, tmp_path:
         server.wait()
         seconds = time.monotonic() - began
         from_disk = server.answers()
-        _same(received, from_disk, BETWEEN_SERVERS)
+        same(received, from_disk, BETWEEN_SERVERS)
         # In one process the same weights answer alike, wherever they came from.
         updates += [
             _command_line(server, served.paths[version], tmp_path / f"again-{version}.json")
             for version in "ab"
         ]
-        difference = _same(server.answers(), from_disk)
+        difference = same(server.answers(), from_disk)
     finally:
         server.close()
     nbytes = (served.paths["b"] / "model.safetensors").stat().st_size
-    _tell(nbytes=nbytes, updates=updates, restart_seconds=round(seconds, 2), logprob_difference=difference)
+    tell(nbytes=nbytes, updates=updates, restart_seconds=round(seconds, 2), logprob_difference=difference)
     assert all(update["update_seconds"] < seconds for update in updates)
 
 
@@ -228,25 +215,3 @@ def _command_line(server: Server, checkpoint: Path, report: Path, *options: str)
     command = time.monotonic() - began
     update = float(json.loads(report.read_bytes())["update_seconds"])
     return {"update_seconds": round(update, 3), "command_seconds": round(command, 2)}
-
-
-def _same(received: Answers, expected: Answers, tolerance: float = TOLERANCE) -> float:
-    """Fails unless these are of the same weights; the largest difference of a log-probability."""
-    assert received.digests == expected.digests
-    difference = 0.0
-    for (tokens, steps), (right_tokens, right_steps) in zip(
-        received.generated, expected.generated, strict=True
-    ):
-        assert tokens == right_tokens
-        for token, step, right_step in zip(tokens, steps, right_steps, strict=True):
-            found, right = dict(step), dict(right_step)
-            assert token in found.keys() & right.keys()
-            difference = max(
-                difference, *(abs(found[each] - right[each]) for each in found.keys() & right.keys())
-            )
-    assert difference < tolerance
-    return difference
-
-
-def _tell(**what: Any) -> None:  # noqa: ANN401 - JSON
-    print(json.dumps(what))  # noqa: T201 - a measurement

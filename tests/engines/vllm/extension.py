@@ -55,6 +55,15 @@ class Extension(VllmColocateWorkerExtension):
     def test_drafter_digests(self) -> dict[str, str]:
         return digests(self.get_draft_model())  # type: ignore[attr-defined]
 
+    def test_free_memory(self) -> int:
+        """Bytes of the device that nobody holds."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
+    def test_runner(self) -> str:
+        """Which of vLLM's model runners this is."""
+        return type(self.model_runner).__module__  # type: ignore[attr-defined]
+
     def test_modules(self) -> list[str]:
         """What of ours this process has imported."""
         return sorted(name for name in sys.modules if name.startswith("ckpt_engine"))

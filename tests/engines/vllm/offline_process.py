@@ -3,7 +3,7 @@
 Requests: {"start": {LLM's arguments}}, {"generate": [prompts of token ids]},
 {"complete": prompt}, {"rpc": [method, args, kwargs]},
 {"update": [a checkpoint's directory, options]}, {"join": {the arguments of one parameter server of several}},
-{"executor": null}. An answer is {"result": ...} or {"error": traceback}.
+{"executor": null}, {"sleep": level}, {"wake_up": tags}. An answer is {"result": ...} or {"error": traceback}.
 """
 
 from __future__ import annotations
@@ -92,6 +92,12 @@ class Offline:
     def executor(self, _: None) -> str:
         """Which of vLLM's has the workers."""
         return type(self.llm.llm_engine.model_executor).__name__
+
+    def sleep(self, level: int) -> None:
+        self.llm.sleep(level=level)
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.llm.wake_up(tags=tags)
 
     def close(self) -> None:
         if self.ps is not None:

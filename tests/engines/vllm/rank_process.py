@@ -9,6 +9,7 @@ hear of that bucket nor of later ones: such an update takes too long, with signs
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -58,7 +59,7 @@ def update(ps: ParameterServer, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    with ParameterServer(device="cpu") as ps:
+    with ParameterServer(device=os.environ.get("TEST_DEVICE", "cpu")) as ps:
         for line in sys.stdin:
             sys.stdout.write(json.dumps(update(ps, json.loads(line))) + "\n")
             sys.stdout.flush()
