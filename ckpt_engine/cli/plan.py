@@ -6,6 +6,7 @@ No device and no process group is touched, so the plan of a fleet can be looked 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from enum import Enum
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_engine.cli import AsJson, Verbose, format_nbytes, print_table, printable, table_console
-from ckpt_engine.cli.predictions import numbers_up_to, show_join, show_joins, show_prediction
+from ckpt_engine.cli.predictions import numbers_up_to, show_join, show_joins, show_prediction, show_subset
 
 if TYPE_CHECKING:
     from ckpt_engine.metadata import Metas
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from ckpt_engine.planning.plan import UpdatePlan
 
 _SHOWN_BUCKETS = 20
+_RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
 
 class Kind(str, Enum):
@@ -51,6 +53,14 @@ def plan_update(
             min=1,
             help="With --cluster: fleets like it join another one by P2P, so many at once. Shows one join's "
             "stages, with each assignment of receivers, and how long 1, 2, 4 and so on take.",
+            show_default=False,
+        ),
+    ] = None,
+    ranks: Annotated[
+        str | None,
+        typer.Option(
+            help="With --cluster: only these of its ranks are updated, such as 0-7,12; they read by P2P what "
+            "the others hold, who do nothing.",
             show_default=False,
         ),
     ] = None,
@@ -89,6 +99,11 @@ def plan_update(
 
     if joiners is not None and cluster is None:
         raise typer.BadParameter("say who joins, with --cluster", param_hint="--joiners")
+    if ranks is not None and (cluster is None or joiners is not None):
+        raise typer.BadParameter(
+            "say of which fleet, with --cluster and without --joiners", param_hint="--ranks"
+        )
+    members = None if ranks is None else _ranks_of(ranks)
     _check_positive(slot_mib, "--slot-mib")
     _check_positive(free_memory_gib, "--free-memory-gib")
     settings = load_settings()
@@ -107,6 +122,9 @@ def plan_update(
         _joins(path, world_size, described, slots, joiners, as_json=as_json, all_buckets=all_buckets)
         return
     metas = _metas(path, world_size, described)
+    if described is not None and members is not None:
+        _subset(metas, members, described, slots, as_json=as_json, all_buckets=all_buckets)
+        return
     plan = make_plan(
         str(path or "the described checkpoint"),
         metas,
@@ -148,6 +166,32 @@ def _joins(
     _show(plan, cluster.world_size, len(plan.buckets) if all_buckets else 0)
     show_join(cluster, one)
     show_joins(plan.nbytes, many)
+
+
+def _subset(
+    metas: Metas, ranks: set[int], cluster: Cluster, slots: Slots, *, as_json: bool, all_buckets: bool
+) -> None:
+    from ckpt_engine.planning.joins import plan_subset, predict_subset
+
+    plan = plan_subset(metas, ranks, cluster, slots).plan
+    predicted = predict_subset(metas, ranks, cluster, slots)
+    if as_json:
+        typer.echo(json.dumps(plan.to_dict() | {"predicted": asdict(predicted)}))
+        return
+    _show(plan, len(ranks), len(plan.buckets) if all_buckets else 0)
+    show_subset(cluster, predicted, len(ranks))
+
+
+def _ranks_of(text: str) -> set[int]:
+    """Of "0-7,12"."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise typer.BadParameter(f"{part!r} is neither a rank nor a range of them", param_hint="--ranks")
+        found |= set(range(first, last + 1))
+    return found
 
 
 def _metas(

@@ -27,13 +27,21 @@ def show_prediction(cluster: Cluster, predicted: Prediction) -> None:
 
 def show_join(cluster: Cluster, predicted: PredictedJoin) -> None:
     """One fleet that joins another."""
-    console = _show_stages(
-        cluster, predicted.prediction, f"{cluster.world_size} ranks join {cluster.joined.world_size} by P2P"
-    )
+    _show_reads(cluster, predicted, f"{cluster.world_size} ranks join {cluster.joined.world_size} by P2P")
+
+
+def show_subset(cluster: Cluster, predicted: PredictedJoin, count: int) -> None:
+    """So many ranks of a fleet, without the others."""
+    others = cluster.world_size - count
+    _show_reads(cluster, predicted, f"{count} ranks, which read by P2P what the other {others} hold")
+
+
+def _show_reads(cluster: Cluster, predicted: PredictedJoin, what: str) -> None:
+    console = _show_stages(cluster, predicted.prediction, what)
     print_table(
         console,
         "Who reads what (model)",
-        (("assignment", False), ("s of the join", True), ("taken", False)),
+        (("assignment", False), ("s of the whole", True), ("taken", False)),
         (
             (name, f"{seconds:.4f}", "yes" if name == predicted.by else "")
             for name, seconds in predicted.assigned.items()

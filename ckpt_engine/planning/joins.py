@@ -1,4 +1,5 @@
-"""How long fleets would take to join another one by P2P: the very plan of each, walked at the same time.
+"""How long fleets would take to join another one by P2P, or some ranks of a fleet to read what the others
+hold: the very plan of each, walked at the same time.
 
 A model, as `prediction` is. Each joiner has the plan that it would make, of the owners' metas or of those
 of the joiner before it: who reads which bucket (`receivers`), how it lies in what that one keeps (`kept`),
@@ -60,9 +61,11 @@ class _Part:
 @dataclass(kw_only=True, frozen=True, slots=True)
 class PlannedJoin:
     """One joiner's. `owners`: whose memory it reads, as ranks of hosts; `parts`: of each bucket; `kept`:
-    its own metas once it has read, and `layouts` of each receiver."""
+    its own metas once it has read, and `layouts` of each receiver. `members`: its ranks, where it is a
+    subset of a fleet, which reads what the others hold."""
 
     plan: UpdatePlan
+    members: tuple[int, ...] = ()
     owners: Metas
     parts: Mapping[int, tuple[_Part, ...]]
     kept: Metas
@@ -71,7 +74,7 @@ class PlannedJoin:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class PredictedJoin:
-    """Of one joiner. `assigned`: seconds of the whole join by each assignment; `by`: the one that it
+    """Of one joiner, or subset. `assigned`: seconds of the whole by each assignment; `by`: the one that it
     takes."""
 
     prediction: Prediction
@@ -114,28 +117,56 @@ def plan_join(owners: Metas, cluster: Cluster, slots: Slots, assignment: str = "
         for rank in range(cluster.world_size)
     }
     mine = _on_hosts(empty, "joiners", cluster.ranks_per_host, _p2p_of(cluster).nics)
-    sources = Sources.of_fleets([owners])
-    local, remote = topology(mine), topology(sources.planned)
+    return _planned("joined", {}, mine, owners, Sources.of_fleets([owners]), cluster, slots, assignment)
+
+
+def plan_subset(
+    metas: Metas, ranks: Collection[int], cluster: Cluster, slots: Slots, assignment: str = "chosen"
+) -> PlannedJoin:
+    """The plan by which `ranks` of a fleet that holds `metas` are updated, while the others do nothing: what
+    those hold is read by P2P. Raises as `plan_join`."""
+    if outside := sorted(set(ranks) - set(metas)):
+        raise ConfigError(f"rank {outside[0]} is none of the cluster's: it has 0 to {len(metas) - 1}")
+    if not ranks:
+        raise ConfigError("no rank to update: give at least one")
+    fleet = _on_hosts(metas, "fleet", cluster.ranks_per_host, _p2p_of(cluster).nics)
+    mine = {rank: held for rank, held in fleet.items() if rank in ranks}
+    others = {rank: held for rank, held in fleet.items() if rank not in ranks}
+    return _planned("subset", mine, mine, others, Sources(others), cluster, slots, assignment)
+
+
+def _planned(
+    name: str,
+    held: Metas,
+    members: Metas,
+    owners: Metas,
+    sources: Sources,
+    cluster: Cluster,
+    slots: Slots,
+    assignment: str,
+) -> PlannedJoin:
+    """`held`: what members have in their own memory."""
+    local, remote = topology(members), topology(sources.planned)
     plan = make_plan(
-        "joined",
-        {},
+        name,
+        held,
         slot_nbytes=slots.slot_nbytes,
         slot_count=slots.slot_count,
         budget=slots.budget,
-        staging=cluster.world_size > 1 and cluster.device != "cpu",
+        staging=len(members) > 1 and cluster.device != "cpu",
         outside=sources.planned,
         assign=lambda buckets: ASSIGNMENTS[assignment](buckets, local, remote),
     )
-    layouts = {
-        rank: KeptLayout(plan.read_by(rank), sources) for rank in sorted({item.root for item in plan.buckets})
-    }
+    read = [item for item in plan.buckets if item.receiver is not None]
+    layouts = {rank: KeptLayout(plan.read_by(rank), sources) for rank in sorted({item.root for item in read})}
     return PlannedJoin(
         plan=plan,
+        members=tuple(members),
         owners=owners,
-        parts={item.index: _parts_of(item, sources) for item in plan.buckets},
+        parts={item.index: _parts_of(item, sources) for item in read},
         kept={
-            rank: held.model_copy(update={"buffers": layouts[rank].buffers(0) if rank in layouts else ()})
-            for rank, held in mine.items()
+            rank: meta.model_copy(update={"buffers": layouts[rank].buffers(0) if rank in layouts else ()})
+            for rank, meta in members.items()
         },
         layouts=layouts,
     )
@@ -143,7 +174,17 @@ def plan_join(owners: Metas, cluster: Cluster, slots: Slots, assignment: str = "
 
 def predict_join(owners: Metas, cluster: Cluster, slots: Slots) -> PredictedJoin:
     """One joiner, with each assignment. Raises as `plan_join`."""
-    joins = {name: plan_join(owners, cluster, slots, name) for name in ASSIGNMENTS}
+    return _predicted({name: plan_join(owners, cluster, slots, name) for name in ASSIGNMENTS}, cluster)
+
+
+def predict_subset(metas: Metas, ranks: Collection[int], cluster: Cluster, slots: Slots) -> PredictedJoin:
+    """An update of `ranks` alone, with each assignment. Raises as `plan_subset`."""
+    joins = {name: plan_subset(metas, ranks, cluster, slots, name) for name in ASSIGNMENTS}
+    # Whom it reads are ranks of hosts like its own.
+    return _predicted(joins, cluster.model_copy(update={"owners": None}))
+
+
+def _predicted(joins: Mapping[str, PlannedJoin], cluster: Cluster) -> PredictedJoin:
     found = {name: _join_alone(join, cluster) for name, join in joins.items()}
     same = {name for name, join in joins.items() if join.plan.buckets == joins["chosen"].plan.buckets}
     return PredictedJoin(
@@ -263,7 +304,7 @@ class _Race:
         self.walks: list[Walk] = []
         sides: list[_Side] = []
         for number, (join, source) in enumerate(zip(joins, sources, strict=True)):
-            walk = Walk(plan=join.plan, cluster=cluster, simulation=self._simulation)
+            walk = Walk(plan=join.plan, cluster=cluster, members=join.members, simulation=self._simulation)
             mine = _Side(
                 sends=_nics_of(join.kept, self._p2p.nic), present={rank: Counter() for rank in join.layouts}
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckpt_engine.planning.cluster import Cluster
@@ -87,11 +88,12 @@ class Walk:
     """A fleet's way through a plan. `links`: by their kinds; `end`: when its last worker had loaded all.
 
     Of what comes by P2P: `here[index]` counts to 1 when a bucket lies in its receiver's host memory,
-    `copied[rank]` the buckets that a receiver has copied out of there.
+    `copied[rank]` the buckets that a receiver has copied out of there. `members`: the ranks that are updated.
     """
 
     plan: UpdatePlan
     cluster: Cluster
+    members: Sequence[int] = ()
     simulation: Simulation = field(default_factory=Simulation)
     links: dict[str, list[Link]] = field(default_factory=dict)
     here: dict[int, Counter] = field(init=False)
@@ -99,6 +101,7 @@ class Walk:
     end: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
+        self.members = sorted(self.members) or range(self.cluster.world_size)
         read = [item for item in self.plan.buckets if item.receiver is not None]
         self.here = {item.index: Counter() for item in read}
         self.copied = {item.root: Counter() for item in read}
@@ -109,6 +112,13 @@ class Walk:
             _on_hosts(self)
         else:
             _on_devices(self)
+
+    def on_hosts(self) -> dict[int, list[int]]:
+        """The members of each host that has any."""
+        found: dict[int, list[int]] = {}
+        for rank in self.members:
+            found.setdefault(self.cluster.host_of(rank), []).append(rank)
+        return found
 
     def link(self, kind: str, gb_per_second: float) -> Link:
         link = Link(kind, gb_per_second * GB)
@@ -153,7 +163,7 @@ def _on_devices(walk: Walk) -> None:
         h2d[rank] = (walk.link("H2D", rates.h2d), *([hosts[host]] if host in hosts else []))
     workers = (walk.link("reload", rates.reload),)
     walk.simulation.start(walk.reload(workers, arrived, given_back))
-    if cluster.world_size == 1:
+    if len(walk.members) == 1:
         walk.simulation.start(_straight(walk, h2d, arrived, given_back))
         return
     own = {rank: [item for item in plan.buckets if item.root == rank] for rank in h2d}
@@ -193,9 +203,10 @@ def _broadcast(
     filled, emptied = staging
     cluster, rates = walk.cluster, walk.cluster.rates
     links = [walk.link("broadcast", rates.broadcast)]
-    if cluster.hosts > 1:
+    hosts = len(walk.on_hosts())
+    if hosts > 1:
         links.append(walk.link("between hosts", rates.between_hosts or rates.broadcast))
-    steps = math.ceil(math.log2(cluster.hosts)) * cluster.seconds.step
+    steps = math.ceil(math.log2(hosts)) * cluster.seconds.step
     for item in walk.plan.buckets:
         yield Reached(given_back, item.waits_for + 1)
         if walk.plan.staging_nbytes:
@@ -214,17 +225,24 @@ def _broadcast(
 
 def _on_hosts(walk: Walk) -> None:
     cluster, rates = walk.cluster, walk.cluster.rates
-    memory = [walk.link("memory of a host", rates.memory or 1e9) for _ in range(cluster.hosts)]
-    network = [walk.link("between hosts", rates.between_hosts or 1e9) for _ in range(cluster.hosts)]
+    on_hosts = walk.on_hosts()
+    memory = {host: walk.link("memory of a host", rates.memory or 1e9) for host in on_hosts}
+    network = {host: walk.link("between hosts", rates.between_hosts or 1e9) for host in on_hosts}
     count = len(walk.plan.buckets)
     # On each host the rank from whose ring the others copy has the bucket.
-    staged = [[Counter() for _ in range(count)] for _ in range(cluster.hosts)]
-    copied = [[Counter() for _ in range(count)] for _ in range(cluster.hosts)]
-    for rank in range(cluster.world_size):
+    staged = {host: [Counter() for _ in range(count)] for host in on_hosts}
+    copied = {host: [Counter() for _ in range(count)] for host in on_hosts}
+    for rank in walk.members:
         host = cluster.host_of(rank)
         links = (walk.link("copies of a rank", rates.h2d), memory[host])
         one = _HostRank(
-            walk=walk, rank=rank, links=links, network=network, staged=staged, copied=copied[host]
+            walk=walk,
+            rank=rank,
+            neighbours=on_hosts[host],
+            links=links,
+            network=network,
+            staged=staged,
+            copied=copied[host],
         )
         workers = (walk.link("reload", rates.reload), memory[host])
         walk.simulation.start(
@@ -234,13 +252,15 @@ def _on_hosts(walk: Walk) -> None:
 
 @dataclass(kw_only=True)
 class _HostRank:
-    """One rank whose ring lies in host memory: its one thread, and its worker."""
+    """One rank whose ring lies in host memory: its one thread, and its worker. `neighbours`: the members of
+    its host."""
 
     walk: Walk
     rank: int
+    neighbours: Sequence[int]
     links: tuple[Link, ...]
-    network: list[Link]
-    staged: list[list[Counter]]
+    network: Mapping[int, Link]
+    staged: Mapping[int, list[Counter]]
     copied: list[Counter]
     here: Counter = field(default_factory=Counter)
     announced: Counter = field(default_factory=Counter)
@@ -249,7 +269,7 @@ class _HostRank:
     def __post_init__(self) -> None:
         self._cluster = self.walk.cluster
         self._host = self._cluster.host_of(self.rank)
-        self._leader = self._host * self._cluster.ranks_per_host
+        self._leader = self.neighbours[0]
         self._own = deque(item for item in self.walk.plan.buckets if item.root == self.rank)
 
     def _is_source(self, item: PlannedBucket) -> bool:
@@ -291,7 +311,7 @@ class _HostRank:
 
     def announces(self) -> Process:
         """Not before nobody reads the bucket from this ring any more."""
-        readers = self._cluster.ranks_per_host - 1
+        readers = len(self.neighbours) - 1
         for item in self.walk.plan.buckets:
             yield Reached(self.here, item.index + 1)
             if self._is_source(item):

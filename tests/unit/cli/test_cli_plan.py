@@ -147,3 +147,30 @@ def test_joins_are_predicted(cli: Cli, tmp_path: Path, checkpoint: Path) -> None
     result = cli("plan", "--cluster", file, "--joiners", 2)
     assert result.exit_code == 1
     assert "[p2p] table" in result.stderr
+
+
+def test_an_update_of_some_ranks_is_predicted(cli: Cli, tmp_path: Path, checkpoint: Path) -> None:
+    file = tmp_path / "cluster.json"
+    described = {
+        "name": "fleet",
+        "hosts": 2,
+        "ranks_per_host": 2,
+        "rates": {"h2d": 1, "reload": 1},
+        "checkpoint": {"gb": 0.001, "tensors": 12},
+        "p2p": {"nic": 1, "nics": 2},
+    }
+    file.write_text(json.dumps(described))
+    found = json.loads(cli("plan", "--cluster", file, "--ranks", "0-1", "--json").output)
+    assert found["predicted"]["prediction"]["stages"]["buckets"] > 0
+    assert {bucket["receiver"] for bucket in found["buckets"]} == {None, 0, 1}
+    assert sorted(found["owners"]) == ["0", "1", "2", "3"]
+    result = cli("plan", checkpoint, "--cluster", file, "--ranks", "0,2-3")
+    assert result.exit_code == 0, result.output
+    assert "3 ranks, which read by P2P what the other 1 hold" in result.output
+    for bad in ("", "x", "3-1", "-1", "0-", "0-99999999999"):
+        assert cli("plan", "--cluster", file, "--ranks", bad).exit_code == 2, bad
+    assert cli("plan", "--cluster", file, "--ranks", "0", "--joiners", 2).exit_code == 2
+    assert cli("plan", checkpoint, "--world-size", 2, "--ranks", "0").exit_code == 2
+    result = cli("plan", "--cluster", file, "--ranks", "4")
+    assert result.exit_code == 1
+    assert "rank 4 is none of the cluster's" in result.stderr

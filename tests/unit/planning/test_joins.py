@@ -15,9 +15,12 @@ from ckpt_engine.planning.joins import (
     Slots,
     owners_of,
     plan_join,
+    plan_subset,
     predict_join,
     predict_joins,
+    predict_subset,
 )
+from ckpt_engine.planning.prediction import predict
 
 MB = 1_000_192
 """A megabyte that is a multiple of 256."""
@@ -152,6 +155,69 @@ def test_no_wait_is_for_ever(device: str, ranks: int, slots: int) -> None:
     rows = predict_joins(owners(one, 11), one, shape, [1, 3])
     assert rows[0].last >= 11 * MB / 1e9 / 2
     assert rows[1].last >= rows[0].last
+
+
+def fleet(one: Cluster, tensors: int) -> Metas:
+    """What its own ranks hold: tensors of 1 MB, in turn."""
+    return synthetic_metas(Synthetic(gb=tensors * MB / 1e9, tensors=tensors), one.world_size)
+
+
+@pytest.mark.parametrize(("device", "last"), [("cuda", 0.5), ("cpu", 0)])
+def test_a_subset_reads_what_the_others_hold(device: str, last: float) -> None:
+    """Four ranks on two hosts hold 2 each. The first alone reads 6, one after the other, and copies its own
+    beside them; both of a host read 4, through a NIC each: 2. On devices the last copy takes 0.5 more (in
+    host memory, where every rank copies all, copies take no time here)."""
+    one = cluster(device, ranks=2, nics=2, h2d=1 / last if last else 1e9)
+    one = one.model_copy(update={"hosts": 2})
+    metas = fleet(one, 8)
+    taken = {}
+    for ranks in ([0], [0, 1], [2, 3]):
+        plan = plan_subset(metas, ranks, one, SLOTS).plan
+        read = [item for item in plan.buckets if item.receiver is not None]
+        own = [item for item in plan.buckets if item.receiver is None]
+        assert sum(item.nbytes for item in read) == (8 - 2 * len(ranks)) * MB
+        assert {item.owner for item in read} == {0, 1, 2, 3} - set(ranks)
+        assert {item.receiver for item in read} == set(ranks) == {item.owner for item in own}
+        taken[tuple(ranks)] = units(predict_subset(metas, ranks, one, SLOTS).prediction.stages["buckets"])
+    assert taken == pytest.approx({(0,): 6 + last, (0, 1): 2 + last, (2, 3): 2 + last})
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_all_ranks_as_a_subset_are_an_update(device: str) -> None:
+    one = cluster(device, ranks=2, nics=2, h2d=2, reload=4, broadcast=3).model_copy(update={"hosts": 2})
+    metas = fleet(one, 9)
+    plan = plan_subset(metas, range(4), one, SLOTS).plan
+    found = predict_subset(metas, range(4), one, SLOTS)
+    assert {item.receiver for item in plan.buckets} == {None}
+    assert found.prediction.seconds == predict(plan, one).seconds
+
+
+def test_a_subset_behind_one_nic_has_one_receiver() -> None:
+    """Both ranks of a host hold 2 and read 4: the first of them all 4."""
+    one = cluster(ranks=2, nics=1).model_copy(update={"hosts": 2})
+    metas = fleet(one, 8)
+    found = predict_subset(metas, [0, 1], one, SLOTS)
+    assert units(found.prediction.stages["buckets"]) == pytest.approx(4)
+    assert found.prediction.bottleneck.startswith("P2P")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("ranks", [[0], [1, 2], [0, 3, 5], [0, 1, 2, 3, 4]])
+def test_no_wait_of_a_subset_is_for_ever(device: str, ranks: list[int]) -> None:
+    one = cluster(device, ranks=3, h2d=1, reload=1).model_copy(update={"hosts": 2})
+    metas = fleet(one, 11)
+    for count in (1, 2, 3):
+        shape = Slots(slot_nbytes=MB // 2, slot_count=count, budget=2**60)
+        found = predict_subset(metas, ranks, one, shape)
+        assert units(found.prediction.stages["buckets"]) >= 11
+
+
+def test_a_subset_is_of_ranks_that_there_are() -> None:
+    one = cluster(ranks=2)
+    with pytest.raises(ConfigError, match="rank 2 is none of the cluster's: it has 0 to 1"):
+        predict_subset(fleet(one, 4), [0, 2], one, SLOTS)
+    with pytest.raises(ConfigError, match="no rank to update"):
+        predict_subset(fleet(one, 4), [], one, SLOTS)
 
 
 def test_the_example_fans_out_to_64() -> None:
