@@ -84,7 +84,12 @@ class ProtocolError(CkptEngineError):
 
 
 class CorruptionError(CkptEngineError):
-    """A tensor's bytes are not those that were registered; the message names it."""
+    """A tensor's bytes are not those that were registered; the message names it. `bucket`: in which it came,
+    in an update."""
+
+    def __init__(self, message: str, *, bucket: int | None = None) -> None:
+        self.bucket = bucket
+        super().__init__(message)
 
 
 class P2PError(CkptEngineError):

@@ -26,6 +26,7 @@ from ckpt_engine.deadline import Deadline
 from ckpt_engine.devices import MappedRing, map_ring, synchronize_stream
 from ckpt_engine.errors import (
     ConfigError,
+    CorruptionError,
     ErrorRecord,
     PeerLost,
     ProtocolError,
@@ -49,6 +50,7 @@ update with no worker touched."""
 
 _M = TypeVar("_M", bound=messages.ServerMessage)
 
+NAMES_SHOWN = 16
 DECISION_GRACE_SECONDS = 30.0
 """How much longer than the update's own deadline a worker waits to hear how it ended."""
 
@@ -56,7 +58,8 @@ DECISION_GRACE_SECONDS = 30.0
 @dataclass(kw_only=True, frozen=True, slots=True)
 class WorkerReport:
     """A committed update, as one worker saw it. `nbytes`: bytes of the tensors; `seconds`: in the loop;
-    `verified`: how many tensors were compared as they `arrived`, and as they were `loaded`."""
+    `verified`: how many tensors were compared as they `arrived`, and as they were `loaded`; `not_compared`:
+    the names of those that could not be as loaded, of an update that was verified in full."""
 
     checkpoint: str
     version: str
@@ -65,6 +68,7 @@ class WorkerReport:
     nbytes: int
     seconds: float
     verified: Mapping[str, int] = field(default_factory=dict)
+    not_compared: tuple[str, ...] = ()
 
 
 def update_weights_from_ipc(
@@ -125,8 +129,9 @@ def serve_update(
     Some engines lose the order of their replies for good when a worker's method raises, so the
     outcome is a plain dict: `outcome` ("committed" or "failed"), `device`, `handle`, `version`, `error`,
     `traceback`, `touched`, `tensors`, `bytes`, `verified` (how many tensors were compared as they `arrived`,
-    and as they were `loaded`). A handle is made for one update of one device, so it tells
-    whoever asked whether the answer is to this call, or late from an earlier one.
+    and as they were `loaded`), `not_compared` (up to NAMES_SHOWN names of those that could not be as loaded).
+    A handle is made for one update of one device, so it tells whoever asked whether the answer is to this
+    call, or late from an earlier one.
 
     Args:
         zmq_handles: `{device_uuid: handle}` or `[(device_uuid, handle), ...]` of all ranks.
@@ -162,6 +167,7 @@ def serve_update(
         "tensors": report.tensors,
         "bytes": report.nbytes,
         "verified": report.verified,
+        "not_compared": list(report.not_compared[:NAMES_SHOWN]),
     }
 
 
@@ -204,6 +210,7 @@ def failed_status(error: BaseException, device_uuid: str, handle: str | None) ->
         "tensors": 0,
         "bytes": 0,
         "verified": {},
+        "not_compared": [],
     }
 
 
@@ -232,6 +239,7 @@ class _Receiver:
         self._post_hook = post_hook
         self._loaded = loaded
         self._verification: Verification | None = None
+        self._begin: messages.Begin | None = None
         self._uuid = device_uuid
         self._ring: MappedRing | None = None
         self._views: RingViews | None = None
@@ -245,6 +253,7 @@ class _Receiver:
         try:
             return self._receive()
         except Exception as error:
+            self._find_bucket(error)
             # An Abort is the parameter server's own news: it needs no report of ours.
             record = ErrorRecord.from_exception(
                 error,
@@ -273,6 +282,7 @@ class _Receiver:
         begin = self._expect(messages.Begin, handshake, "the update's plan")
         deadline = self._end.or_after(begin.budget + DECISION_GRACE_SECONDS)
         messages.check_layout(begin)
+        self._begin = begin
         self._ring = map_ring(begin.ring, connection.receive_descriptors(), self._device_id)
         self._views = RingViews(self._ring)
         if begin.verify:
@@ -316,7 +326,13 @@ class _Receiver:
             nbytes=sum(tensor.nbytes for bucket in begin.buckets for tensor in bucket.tensors),
             seconds=time.monotonic() - self._started,
             verified={} if self._verification is None else self._verification.counts,
+            not_compared=() if self._verification is None else self._verification.not_compared,
         )
+
+    def _find_bucket(self, error: Exception) -> None:
+        """What is found once all buckets are there is still of one of them."""
+        if isinstance(error, CorruptionError) and error.bucket is not None and self._begin is not None:
+            self._bucket, self._layout = error.bucket, self._begin.buckets[error.bucket]
 
     def _load(self, index: int, bucket: messages.BucketLayout) -> None:
         assert self._ring is not None

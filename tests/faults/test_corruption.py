@@ -55,6 +55,8 @@ def test_a_bit_that_flips_while_it_is_loaded_is_found_in_full(world: World) -> N
     record = failed_alike(answers)
     assert (record["error_type"], record["rank"], record["stage"]) == ("CorruptionError", victim, "post_hook")
     assert "(bucket 4) was loaded as other bytes" in record["message"]
+    assert record["bucket"] == 4
+    assert record["tensors"]
     world.put_in_place(world.new_checkpoint(digests=True), verify="full")
 
 

@@ -68,6 +68,7 @@ def test_a_worker_process_gets_every_bit_update_after_update(
             "tensors": 3,
             "bytes": sum(tensor.nbytes for tensor in tensors.values()),
             "verified": {},
+            "not_compared": [],
         }
     assert answers[1]["threads"] == answers[2]["threads"]
     # ZeroMQ closes in its own thread: one connection may linger, but not one for each update.
