@@ -110,6 +110,10 @@ def _start(case: tuple[str, int], base: Path) -> Speculating:
 def starting(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[dict[tuple[str, int], Future[Speculating]]]:
+    import transformers
+
+    # Its lazy module is not made for several threads.
+    transformers.LlamaConfig, transformers.Qwen2Config, transformers.AutoModelForCausalLM  # noqa: B018
     base = tmp_path_factory.mktemp("drafters")
     with ThreadPoolExecutor(AT_A_TIME) as pool:
         futures = {case: pool.submit(_start, case, base / f"{case[0]}-{case[1]}") for case in CASES}
@@ -136,7 +140,12 @@ def test_both_models_are_those_of_a_load_from_disk(
         )
         assert report.buckets > 1
         held = speculating.held()
-        differences.append(same(held.answers, expected[version].answers))
+        if speculating.has_weights:
+            differences.append(same(held.answers, expected[version].answers))
+        else:
+            # What n-grams propose, and so how many tokens a step verifies at once, made near ties of a tiny
+            # model fall otherwise on an H200: its weights say what an update did.
+            assert held.answers.digests == expected[version].answers.digests
         assert held.drafter == expected[version].drafter
     (now,) = engine.rpc("test_replays")
     assert now >= replays + DECODES, "no CUDA graphs ran"
