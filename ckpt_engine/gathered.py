@@ -36,6 +36,13 @@ class Senders:
     content: str
     layout: str = ""
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return sorted(
+            _tensors(self.metas) | _tensors(self.outside) | set().union(*map(_tensors, self.fleets))
+        )
+
     def digests(self, names: Iterable[str]) -> list[bytes]:
         """Of these tensors' bytes.
 
@@ -210,6 +217,11 @@ class GatheredMetas:
     def forget(self, name: str) -> None:
         """Its metas; a rank that asks for an update all the same knows whom to tell that it cannot."""
         self._by_name.pop(name, None)
+
+    @property
+    def names(self) -> list[str]:
+        """What was gathered or loaded."""
+        return list(self._by_name)
 
     def members(self, name: str, wanted: Sequence[int], *, all_ranks: bool = False) -> tuple[int, ...]:
         """Those who are to be updated, and those who must give what nobody can read; the same on every rank.

@@ -357,6 +357,7 @@ class ParameterServer:
                 req_func=req_func,
                 timeout=timeout,
                 members=members,
+                receivers=wanted,
                 receives=self.rank in wanted,
                 version=version,
                 restores=restores,

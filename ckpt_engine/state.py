@@ -2,6 +2,7 @@
 
     serving(version)  --begin-->  updating  --commit(version)-->  serving(version)
                                      |
+                                     |--commit, the worker unheard-->  unknown(reason)
                                      |--fail, nothing loaded-->   as before
                                      `--fail, something loaded-->  incomplete(reason)
 
@@ -16,8 +17,9 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """`unknown`: nobody has asked yet, or the worker is gone. `version`: of what is served; None: what the
-    engine began with. `checkpoint`: its name. `reason`: why the weights are neither the old nor the new."""
+    """`unknown`: nobody has asked yet, the worker is gone, or it did not say that it heard of a commit.
+    `version`: of what is served; None: what the engine began with. `checkpoint`: its name. `reason`: why the
+    weights are neither the old nor the new, or why nobody knows."""
 
     state: Literal["unknown", "serving", "updating", "incomplete"]
     version: str | None = None
@@ -50,6 +52,10 @@ class WeightsState:
 
     def commit(self, version: str, checkpoint: str | None = None) -> None:
         self.now = self._before = Weights("serving", version, checkpoint)
+
+    def lose(self, reason: str) -> None:
+        """The update was committed, but whether the worker knows of it is unknown."""
+        self.now = self._before = Weights("unknown", reason=reason)
 
     def fail(self, reason: str, *, touched: bool) -> None:
         """The update ended without a commit. `touched`: some of its weights may have been loaded."""

@@ -59,6 +59,7 @@ class WorkerChannel:
         self.finished = False
         self.gone = False  # said goodbye, or died
         self.died = False  # without a word
+        self.heard = False  # it said goodbye, once it was told how the update ended
         self._reported = False  # its own failure
         self._begin: messages.Begin | None = None
         self._begun = False
@@ -277,7 +278,7 @@ class WorkerChannel:
         elif isinstance(message, messages.Finished):
             self.finished = True
         else:
-            self.gone = True
+            self.gone = self.heard = True
 
     def _in_turn(self, message: messages.WorkerMessage) -> bool:
         if isinstance(message, messages.Ready):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ckpt_engine.errors import P2PUnavailable, ProtocolError
+from ckpt_engine.errors import CheckpointError, P2PUnavailable, ProtocolError
 from ckpt_engine.update.rank import Rank
 
 
@@ -23,10 +23,21 @@ class ReadsByP2P(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     found: tuple[str, ...] = ()
 
 
+class Before(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a rank would put back if the update fails: `checkpoint` and `version`, which its worker has now,
+    from where `digest` says (all empty without a worker). `ready`: of each checkpoint that it has gathered,
+    where its bytes would come from now, where they could."""
+
+    checkpoint: str = ""
+    version: str = ""
+    digest: str = ""
+    ready: dict[str, str] = {}
+
+
 class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One rank's. `free_memory`: bytes that the update may take; `memory_pool`: where from. `handle`: its
     worker's, empty where it only gives what it holds. `token`: a secret of this update, if it is the first
-    member's. `p2p`: what it says of reading by P2P."""
+    member's. `p2p`: what it says of reading by P2P. `before`: of an update that restores."""
 
     host: str
     device_type: str
@@ -41,9 +52,12 @@ class Introduction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: str
     group_name: str
     p2p: ReadsByP2P
+    before: Before | None = None
 
 
-def introduce(me: Rank, handle: str, metas_digest: str, token: str, p2p: ReadsByP2P) -> Introduction:
+def introduce(
+    me: Rank, handle: str, metas_digest: str, token: str, p2p: ReadsByP2P, before: Before | None = None
+) -> Introduction:
     """This rank's introduction; `handle`: its worker's."""
     return Introduction(
         host=me.settings.host_id,
@@ -59,6 +73,7 @@ def introduce(me: Rank, handle: str, metas_digest: str, token: str, p2p: ReadsBy
         token=token,
         group_name=me.group_name,
         p2p=p2p,
+        before=before,
     )
 
 
@@ -81,7 +96,12 @@ class Meeting:
         return cls(name=name, by_rank=by_rank)
 
     def check(self, rank: int) -> None:
-        """Raises ProtocolError: ranks do not agree about what they are to do."""
+        """Looks whether ranks agree about what they are to do.
+
+        Raises:
+            ProtocolError: they do not.
+            CheckpointError: nor about what would be put back.
+        """
         mine = self.by_rank[rank]
         for other, introduction in self.by_rank.items():
             if introduction.metas_digest != mine.metas_digest:
@@ -92,6 +112,33 @@ class Meeting:
             if introduction.device_type != mine.device_type:
                 raise ProtocolError(
                     f"rank {rank} has a {mine.device_type} device, rank {other} a {introduction.device_type}"
+                )
+
+        self._check_before()
+
+    def _check_before(self) -> None:
+        """What would be put back: the same into all workers, and from members that have it."""
+        said = {rank: one.before for rank, one in self.by_rank.items() if one.before is not None}
+        of_workers = {rank: before for rank, before in said.items() if self.by_rank[rank].handle}
+        if not of_workers:
+            return
+        first, wanted = next(iter(of_workers.items()))
+        for rank, before in of_workers.items():
+            if (before.checkpoint, before.version) != (wanted.checkpoint, wanted.version):
+                raise CheckpointError(
+                    "on_failure='restore': the workers have different versions, which one update could not "
+                    f"put back: rank {first}'s has {wanted.checkpoint!r} (version {wanted.version!r}), that "
+                    f"of rank {rank} {before.checkpoint!r} (version {before.version!r}): update with "
+                    "on_failure='raise'"
+                )
+        for rank, before in said.items():
+            digest = before.ready.get(wanted.checkpoint)
+            if digest != wanted.digest or (rank in of_workers and before.digest != wanted.digest):
+                how = "has not, as" if digest is None else "has gathered otherwise than"
+                raise CheckpointError(
+                    f"on_failure='restore': rank {rank} {how} rank {first}, what would be put back, "
+                    f"{wanted.checkpoint!r} (version {wanted.version!r}): register it and gather it on all "
+                    "ranks, or make this update with on_failure='raise'"
                 )
 
     @property

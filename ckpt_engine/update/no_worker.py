@@ -12,7 +12,8 @@ class Channel(Protocol):
     """A rank's way to its worker (`ipc.sender.WorkerChannel`), as an update uses it.
 
     `handle`: the worker's, empty without one. `done`: the last bucket given back. `announced`: the last one
-    announced. `gone`: the worker has left; `died`: without a word.
+    announced. `gone`: the worker has left; `died`: without a word; `heard`: knowing how the update
+    ended.
     """
 
     handle: str
@@ -24,6 +25,7 @@ class Channel(Protocol):
     finished: bool
     gone: bool
     died: bool
+    heard: bool
 
     @property
     def touched(self) -> bool: ...
@@ -58,6 +60,7 @@ class NoWorker:
     touched = False
     connected = False
     died = False
+    heard = True
 
     def __init__(self) -> None:
         self.ready = self.released = self.finished = self.gone = True

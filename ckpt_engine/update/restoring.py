@@ -6,8 +6,9 @@ something, all that can still be asked get the version that was committed last, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -22,7 +23,10 @@ from ckpt_engine.errors import (
     RestoreError,
     UpdateError,
 )
+from ckpt_engine.gathered import Senders
+from ckpt_engine.settings import Verify
 from ckpt_engine.transport.control import Control
+from ckpt_engine.update.introduction import Before
 from ckpt_engine.update.session import UpdateSession
 
 logger = logging.getLogger(__name__)
@@ -53,31 +57,67 @@ def purpose_of_restore(checkpoint_name: str) -> str:
     return f"restore after update({checkpoint_name!r})"
 
 
-def check_restorable(before: Committed | None, digest_of: Callable[[str], str]) -> Committed:
-    """What could be put back, before a byte moves.
+@dataclass(kw_only=True)
+class Restorable:
+    """What one rank could put back, looked at before a byte moves.
 
-    Args:
-        digest_of: of where a checkpoint's bytes would come from now; raises where they cannot.
-
-    Raises:
-        CheckpointError: nothing could be.
+    `committed`: what its worker has; None: nothing yet, or it has no worker in this update. `receives`:
+    whether it has one. `known`: the names that were gathered. `prepare`: where the bytes of one come from, or
+    raises. `needed`: which ranks must take part in an update with one.
     """
-    if before is None:
-        raise CheckpointError(
-            "on_failure='restore': nothing was put into this rank's worker yet that could be put back: make "
-            "the first update with on_failure='raise'"
+
+    committed: Committed | None
+    receives: bool
+    members: Sequence[int]
+    verify: Verify
+    known: Collection[str]
+    prepare: Callable[[str], Senders]
+    needed: Callable[[str], Collection[int]]
+
+    def look(self) -> Before:
+        """What the other ranks are told of it.
+
+        Raises:
+            CheckpointError: this rank's worker could not get back what it has.
+        """
+        ready = {}
+        for name in self.known:
+            # What was unregistered since, or changed, is not there to be put back.
+            with contextlib.suppress(CkptEngineError):
+                ready[name] = self.prepare(name).digest
+        if not self.receives:
+            return Before(ready=ready)
+        before = self._check()
+        return Before(checkpoint=before.checkpoint, version=before.version, digest=before.digest, ready=ready)
+
+    def _check(self) -> Committed:
+        before = self.committed
+        if before is None:
+            raise CheckpointError(
+                "on_failure='restore': nothing was put into this rank's worker yet that could be put back: "
+                "make the first update with on_failure='raise'"
+            )
+        needs = (
+            f"on_failure='restore' needs {before.checkpoint!r} (version {before.version!r}), which the "
+            f"engines have now, registered beside the new one: {before.nbytes} bytes of host memory on this "
+            "rank"
         )
-    needs = (
-        f"on_failure='restore' needs {before.checkpoint!r} (version {before.version!r}), which the engines "
-        f"have now, registered beside the new one: {before.nbytes} bytes of host memory on this rank"
-    )
-    try:
-        digest = digest_of(before.checkpoint)
-    except CkptEngineError as error:
-        raise CheckpointError(f"{needs}. {error}") from error
-    if digest != before.digest:
-        raise CheckpointError(f"{needs}. It was registered or gathered anew since")
-    return before
+        try:
+            senders = self.prepare(before.checkpoint)
+            if self.verify != "off":
+                senders.digests(senders.names)
+            missing = set(self.needed(before.checkpoint)) - set(self.members)
+        except CkptEngineError as error:
+            raise CheckpointError(f"{needs}. {error}") from error
+        if senders.digest != before.digest:
+            raise CheckpointError(f"{needs}. It was registered or gathered anew since")
+        if missing:
+            raise CheckpointError(
+                f"{needs}. Ranks {sorted(missing)} hold a part of it that cannot be read by P2P, and take no "
+                f"part in this update: let them, with ranks={sorted({*self.members, *missing})}, or register "
+                "their part on ranks that do"
+            )
+        return before
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -27,7 +27,7 @@ from ckpt_engine.update.keeping import Keeping
 from ckpt_engine.update.p2p_ends import P2PEnds
 from ckpt_engine.update.rank import Rank
 from ckpt_engine.update.request import SocketPaths
-from ckpt_engine.update.restoring import Committed, Restore, check_restorable, purpose_of_restore
+from ckpt_engine.update.restoring import Committed, Restorable, Restore, purpose_of_restore
 from ckpt_engine.update.session import UpdateReport, UpdateSession, purpose_of
 
 logger = logging.getLogger(__name__)
@@ -52,13 +52,15 @@ def check_arguments(version: str | None, on_failure: str, verify: str) -> None:
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Wanted:
-    """What `ParameterServer.update` was asked for. `members`: all who take part; `receives`: this rank's
-    worker is to be updated, too; `restores`: after a failure, what was there before is put back."""
+    """What `ParameterServer.update` was asked for. `members`: all who take part; `receivers`: those whose
+    workers are updated; `receives`: this rank is one of them; `restores`: after a failure, what was there
+    before is put back."""
 
     checkpoint_name: str
     req_func: Callable[[SocketPaths], object]
     timeout: Timeout
     members: tuple[int, ...]
+    receivers: Sequence[int]
     receives: bool
     version: str | None
     restores: bool
@@ -96,37 +98,15 @@ class Running:
 
     def run(self, wanted: Wanted) -> UpdateReport:
         """The update, and what follows where it fails; raises as `ParameterServer.update`."""
-        before = self._restorable(wanted.members) if wanted.restores and wanted.receives else None
-        session = self._session(wanted, keep=wanted.keep)
+        restorable = self._restorable(wanted)
+        look_back = restorable.look if wanted.restores else None
+        session = self._session(wanted, keep=wanted.keep, look_back=look_back)
         try:
             report = self._run(session)
-        except UpdateError as error:
-            if not (wanted.restores and session.began and not isinstance(error, OutcomeUnknown)):
-                raise
-            restore = Restore(
-                control=session.me.control,
-                members=wanted.members,
-                failed=session,
-                before=before,
-                again=lambda name, version, asked: self._run(
-                    self._session(
-                        wanted,
-                        checkpoint_name=name,
-                        purpose=purpose_of(name, version, verify=wanted.verify),
-                        version=version,
-                        receives=asked,
-                    )
-                ),
-                deadline=deadline_of(wanted.timeout),
-            )
-            raise restore.run(error) from error.__cause__
         except BaseException as error:
-            interrupted = not isinstance(error, Exception)
-            if interrupted and wanted.restores and session.began and not session.committed:
-                # The others need not wait for this rank.
-                record = ErrorRecord.from_exception(error, rank=self.rank, stage="restore")
-                session.me.control.tell_mistake(purpose_of_restore(wanted.checkpoint_name), record)
-            raise
+            if not wanted.restores or not session.began or session.committed:
+                raise
+            raise self._after(error, wanted, session, restorable) from error.__cause__
         logger.info(
             "rank %d: %r is in place as version %s: %d tensors, %d bytes in %.3f s",
             self.rank,
@@ -184,14 +164,61 @@ class Running:
                     digest=digest,
                     nbytes=session.held_nbytes,
                 )
-                self.in_place.weights.commit(session.version, session.checkpoint_name)
+                if session.heard:
+                    self.in_place.weights.commit(session.version, session.checkpoint_name)
+                else:
+                    self.in_place.weights.lose(
+                        f"version {session.version!r} was committed, but this rank's worker did not say "
+                        "that it heard so: it may be dead, or count itself as incomplete"
+                    )
             elif session.receives and self.in_place.weights.now.state == "updating":
                 self.in_place.weights.fail("the update was interrupted", touched=session.touched)
 
-    def _restorable(self, members: Sequence[int]) -> Committed:
-        return check_restorable(
-            self.in_place.committed, lambda name: self._prepare(name, members, keep=False)[1].digest
+    def _restorable(self, wanted: Wanted) -> Restorable:
+        return Restorable(
+            committed=self.in_place.committed if wanted.receives else None,
+            receives=wanted.receives,
+            members=wanted.members,
+            verify=wanted.verify,
+            known=self.gathered.names,
+            prepare=lambda name: self._prepare(name, wanted.members, keep=False)[1],
+            needed=lambda name: self.gathered.members(name, wanted.receivers),
         )
+
+    def _after(
+        self, error: BaseException, wanted: Wanted, session: UpdateSession, restorable: Restorable
+    ) -> BaseException:
+        """What is to be raised: once what was there before is back, or the others know that this rank will
+        take no part in that."""
+
+        def again(name: str, version: str, asked: bool) -> UpdateReport:
+            purpose = purpose_of(name, version, verify=wanted.verify)
+            return self._run(
+                self._session(wanted, checkpoint_name=name, purpose=purpose, version=version, receives=asked)
+            )
+
+        control = session.me.control
+        restore = Restore(
+            control=control,
+            members=wanted.members,
+            failed=session,
+            before=restorable.committed,
+            again=again,
+            deadline=deadline_of(wanted.timeout),
+        )
+        try:
+            if not isinstance(error, UpdateError) or isinstance(error, OutcomeUnknown):
+                raise error  # interrupted, or nobody knows what there is to be put back
+            return restore.run(error)
+        except BaseException as reason:
+            # They must not wait for this rank: neither where they meet, nor in the update that follows.
+            record = ErrorRecord.from_exception(reason, rank=self.rank, stage="restore")
+            purposes = [purpose_of_restore(wanted.checkpoint_name)]
+            if (before := restorable.committed) is not None:
+                purposes.append(purpose_of(before.checkpoint, before.version, verify=wanted.verify))
+            for purpose in purposes:
+                control.tell_mistake(purpose, record)
+            raise
 
     def _gather_what_is_kept(self, session: UpdateSession) -> str:
         """The digest of where an update would come from now; empty: of where it came from.

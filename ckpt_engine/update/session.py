@@ -41,7 +41,7 @@ from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
 from ckpt_engine.transport.control import Round, Verdict, error_of
 from ckpt_engine.transport.shared_memory import HostLinks
 from ckpt_engine.update.inflow import Inflow
-from ckpt_engine.update.introduction import Meeting, introduce
+from ckpt_engine.update.introduction import Before, Meeting, introduce
 from ckpt_engine.update.keeping import Keeping
 from ckpt_engine.update.movers import make_mover
 from ckpt_engine.update.no_worker import Channel, NoWorker
@@ -117,7 +117,8 @@ class UpdateSession:
     update instead of freeing it before the post hooks run. `keeping`: how to keep what is read by P2P;
     `kept`: what was. `prepare` returns this rank's share, and where all bytes come from, or raises.
     `purpose`: what all ranks do (`purpose_of`). `version`: what a commit is to be called; empty: the round's
-    number. `verify`: what workers compare with the digests of what was registered.
+    number. `verify`: what workers compare with the digests of what was registered. `look_back`: what this
+    rank would put back, for an update that restores; or raises.
     """
 
     me: Rank
@@ -133,6 +134,7 @@ class UpdateSession:
     keeping: Keeping | None = None
     version: str = ""
     verify: Verify = "off"
+    look_back: Callable[[], Before] | None = None
     _stage: str = "begin"
     _stages: dict[str, float] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
@@ -200,6 +202,7 @@ class UpdateSession:
         checkpoint, senders = self.prepare()
         self.metas_digest = senders.digest
         self.held_nbytes = checkpoint.nbytes if checkpoint is not None else 0
+        before = self.look_back() if self.look_back is not None else None
         self._inflow = inflow = Inflow(
             me=me,
             senders=senders,
@@ -214,7 +217,7 @@ class UpdateSession:
             channel = WorkerChannel(me.zmq_ctx, me.directory, me.device.uuid(), self._reactor)
         self._channel = channel
         self._links = HostLinks(me.directory.peer_path, me.rank, self._reactor)
-        mine = msgspec.json.encode(introduce(me, channel.handle, senders.digest, inflow.token, p2p))
+        mine = msgspec.json.encode(introduce(me, channel.handle, senders.digest, inflow.token, p2p, before))
         blobs = round_.exchange(mine, self.deadline)
         self._met = True
         wake = round_.watch()
@@ -349,8 +352,11 @@ class UpdateSession:
         assert self._channel is not None
         if self._channel.connected and not self._channel.gone:
             self._channel.commit(str(verdict.version))
-            if not self._channel.wait_until_gone():
-                logger.warning("the worker of device %s did not say goodbye", self.me.device.uuid())
+            self._channel.wait_until_gone()
+        if not self._channel.heard:
+            logger.error(
+                "the worker of device %s did not say that it heard the commit", self.me.device.uuid()
+            )
         if self._request is not None:
             self._request.finish(self.deadline)
         self._enter("end")
@@ -358,6 +364,11 @@ class UpdateSession:
     @property
     def committed(self) -> bool:
         return self._verdict is not None and self._verdict.committed
+
+    @property
+    def heard(self) -> bool:
+        """Whether this rank's worker has said that it knows of the commit."""
+        return self.committed and self._channel is not None and self._channel.heard
 
     @property
     def touched(self) -> bool:

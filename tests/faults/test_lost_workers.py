@@ -92,6 +92,24 @@ def test_a_worker_that_died_before_it_connected_is_missed(worlds: Worlds, wait: 
     recovers(world, seed, victim)
 
 
+def test_of_a_worker_that_did_not_hear_the_commit_nobody_says_that_it_serves(worlds: Worlds) -> None:
+    """It is stopped when it has finished: the update commits, and nobody knows what it will make of that."""
+    world = worlds(2, 1)
+    seed, victim, other = world.new_checkpoint(), world.last, world.alive[0]
+    worker = world.fleet.worker(victim)
+    world.start(worker_faults={victim: {"act": "stop", "at": "finished"}}, wait=False, version="new")
+    answers = world.fleet.answers(world.alive, STOPPED_SECONDS)
+    assert {answer["version"] for answer in answers.values()} == {"new"}, answers
+    world.has(other, seed, "new")
+    weights = {rank: answer["weights"] for rank, answer in world.answers_to("state").items()}
+    assert (weights[other]["state"], weights[other]["version"]) == ("serving", "new")
+    assert (weights[victim]["state"], weights[victim]["version"]) == ("unknown", None)
+    assert "version 'new' was committed, but" in weights[victim]["reason"]
+    worker.signal(signal.SIGKILL)
+    worker.wait()
+    recovers(world, seed, victim)
+
+
 def test_a_stopped_worker_is_given_up_after_its_deadline(worlds: Worlds) -> None:
     world = worlds(4, 2)
     seed, victim = world.new_checkpoint(), world.last

@@ -6,6 +6,7 @@ Ranks and workers are real processes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from reports_for_fault_tests import KILLED_SECONDS, MISTAKE_SECONDS
@@ -129,6 +130,84 @@ def test_an_interrupted_rank_keeps_nobody_waiting_for_its_part_of_a_restore(
     assert answers[other]["error"] == "RestoreError"
     assert answers[other]["record"]["error_type"] == "KeyboardInterrupt"
     assert set(versions.weights().values()) == {("incomplete", None)}
+
+
+@pytest.mark.parametrize("fault", [{"act": "interrupt", "at": "restore"}, {"act": "unknown", "at": "decide"}])
+def test_who_does_not_come_to_the_restore_keeps_nobody_waiting(
+    world: World, versions: Versions, fault: Fault
+) -> None:
+    """Interrupted between the update and the restore, or in the dark about how the update was decided."""
+    victim, other = world.last, world.alive[0]
+    versions.fail(faults={victim: fault}, worker_faults={other: IN_A_BUCKET})
+    when = world.fleet.ranks[victim].happened("fault")
+    name = f"not there for a restore ({fault['act']})"
+    answers = world.reported(name, when, MISTAKE_SECONDS, world.alive)
+    expected = "KeyboardInterrupt" if fault["act"] == "interrupt" else "OutcomeUnknown"
+    assert answers[victim]["error"] == expected
+    assert answers[other]["error"] == "RestoreError"
+    assert answers[other]["record"]["error_type"] == expected
+    assert answers[other]["record"]["rank"] == victim
+    assert set(versions.weights().values()) == {("incomplete", None)}
+
+
+def refused(world: World, fault: str, on: list[int]) -> dict[int, Any]:
+    """What ranks say of an update that did not begin to move."""
+    answers = world.fleet.answers(on)
+    seconds = max(answer["ended"] for answer in answers.values()) - world.started()
+    world.reports.add(f"{fault}: {world.name}", seconds, MISTAKE_SECONDS)
+    for answer in answers.values():
+        assert answer["error"] is not None, answers
+        assert not answer["asked"]
+        assert not answer.get("touched")
+        assert "on_failure='restore'" in answer["message"]
+    return answers
+
+
+def test_workers_with_different_versions_are_refused_by_name(world: World, versions: Versions) -> None:
+    world.put_in_place(versions.old, [1], name="before", version="by rank 1 alone")
+    versions.fail()
+    for answer in refused(world, "different versions before", world.alive).values():
+        assert f"rank 0's has 'before' (version {VERSION!r})" in answer["message"]
+        assert "rank 1 'before' (version 'by rank 1 alone')" in answer["message"]
+    assert versions.weights() == {0: ("serving", VERSION), 1: ("serving", "by rank 1 alone")}
+
+
+def test_a_rank_that_could_not_restore_tells_the_others(world: World, versions: Versions) -> None:
+    world.fleet.ask("unregister", [1], name="before")
+    versions.fail()
+    answers = refused(world, "one cannot restore", world.alive)
+    assert answers[1]["error"] == "CheckpointError"
+    assert (answers[0]["record"]["error_type"], answers[0]["record"]["rank"]) == ("CheckpointError", 1)
+    assert set(versions.weights().values()) == {("serving", VERSION)}
+
+
+def test_who_only_gives_must_have_what_would_be_put_back(world: World, versions: Versions) -> None:
+    world.fleet.ask("unregister", [1], name="before")
+    versions.fail(ranks=[0])
+    for answer in refused(world, "a giver cannot restore", world.alive).values():
+        assert "rank 1 has not" in answer["message"]
+        assert "'before'" in answer["message"]
+
+
+def test_who_holds_what_would_be_put_back_must_take_part(world: World, versions: Versions) -> None:
+    world.ask("register", name="c", kind=world.kind, seed=5, parts=lambda rank: [] if rank else [0, 1], of=2)
+    world.gather("c")
+    world.fleet.tell("update", [0], name="c", ranks=[0], on_failure="restore")
+    answers = world.fleet.answers([0])
+    assert answers[0]["error"] == "CheckpointError"
+    assert "Ranks [1] hold a part of it that cannot be read by P2P" in answers[0]["message"]
+    assert "ranks=[0, 1]" in answers[0]["message"]
+    assert not answers[0]["asked"]
+    world.ask("unregister", name="c")
+
+
+def test_what_has_no_digests_cannot_be_restored_verified(world: World, versions: Versions) -> None:
+    versions.new = world.new_checkpoint(digests=True)
+    versions.fail(verify="transport")
+    for answer in refused(world, "no digests to restore with", world.alive).values():
+        assert "'before'" in answer["message"]
+        assert "registered without a digest" in answer["message"]
+    assert set(versions.weights().values()) == {("serving", VERSION)}
 
 
 def test_what_could_not_be_restored_is_refused_before_a_byte_moves(world: World, versions: Versions) -> None:

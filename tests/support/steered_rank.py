@@ -2,9 +2,10 @@
 
 `update` may be given a fault of this rank, and one of its worker (`steered_worker`):
 
-    {"act": "kill" | "stop" | "raise" | "interrupt" | "terminate", "at": "request" | "buckets"}
+    {"act": "kill" | "stop" | "raise" | "interrupt" | "terminate", "at": "request" | "buckets" | "restore"}
 
-when its engine is to be asked, or when a third of the bytes is loaded.
+when its engine is to be asked, when a third of the bytes is loaded, or before it meets the others to restore.
+{"act": "unknown", "at": "decide"}: it cannot learn that the update was decided against.
 
 `limit`, and `file_limit`: by how many bytes its address space may grow, and how large a file (and so a
 memfd) may get, while it does what it is told to.
@@ -28,7 +29,7 @@ from typing import Any, Literal
 import torch
 
 from ckpt_engine import ParameterServer
-from ckpt_engine.errors import UpdateError
+from ckpt_engine.errors import ErrorRecord, OutcomeUnknown, UpdateError
 from ckpt_engine.metadata import metas_from_json, metas_to_json
 from ckpt_engine.settings import Verify
 from ckpt_engine.termination import ends_in_order
@@ -171,7 +172,7 @@ class SteeredRankProcess:
             if status["outcome"] == "failed":
                 raise RuntimeError(f"the engine says: {status['error']}")
 
-        with limited(limit, file_limit):
+        with limited(limit, file_limit), self.control_with(fault):
             report = self.ps.update(
                 name,
                 req_func,
@@ -192,6 +193,40 @@ class SteeredRankProcess:
             "lost_sources": report.lost_sources,
             "kept_nbytes": report.kept_nbytes,
         }
+
+    @contextmanager
+    def control_with(self, fault: Fault) -> Iterator[None]:
+        """The control plane, with what this rank meets there."""
+        me = self.ps._me
+        place = (fault or {}).get("at")
+        if me is None or fault is None or place not in ("restore", "decide"):
+            yield
+            return
+        real = me.control.open_round
+
+        def open_round(purpose: str, *of: Any, **by: Any) -> Any:  # noqa: ANN401
+            if place == "restore" and purpose.startswith("restore after"):
+                act(fault["act"], "open_round")
+            round_ = real(purpose, *of, **by)
+            if place == "decide":
+                abort = round_.abort
+
+                def unknown(record: ErrorRecord) -> None:
+                    abort(record)
+                    say(event="fault", at=time.monotonic())
+                    message = "cannot learn the outcome"
+                    raise OutcomeUnknown(
+                        ErrorRecord(error_type="OutcomeUnknown", message=message, stage="decide")
+                    )
+
+                round_.abort = unknown  # type: ignore[method-assign, assignment]
+            return round_
+
+        me.control.open_round = open_round  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            me.control.open_round = real  # type: ignore[method-assign]
 
     def do(self, what: str, arguments: dict[str, Any]) -> dict[str, Any]:
         answer: dict[str, Any] = {"error": None, "message": ""}

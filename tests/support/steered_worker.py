@@ -3,7 +3,8 @@
 Whoever connects to its socket says {"handles": [[uuid, handle], ...], "fault": {...}} on one line, and gets
 the outcome on another; the test gets it on stdout. A fault is what to do, and where:
 
-    {"act": "kill" | "stop" | "raise", "at": "begin" | "hello" | "map" | "bucket" | "post_hook", "bucket": i}
+    {"act": "kill" | "stop" | "raise", "at": "begin" | "hello" | "map" | "bucket" | "post_hook" |
+        "finished", "bucket": i}
     {"act": "flip", "at": "bucket", "bucket": i}     a bit of that bucket's first tensor, as it is loaded
     {"act": "limit", "nbytes": n}     the address space may grow by n bytes only, while the update lasts
 
@@ -63,6 +64,8 @@ class SteeredWorkerProcess:
             real_send(connection, message)
             if isinstance(message, messages.Hello):
                 self.at("hello")
+            if isinstance(message, messages.Finished):
+                self.at("finished")
 
         def mapped(*arguments: Any) -> Any:  # noqa: ANN401
             self.at("map")

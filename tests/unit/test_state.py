@@ -21,6 +21,16 @@ def test_what_was_touched_and_not_committed_is_incomplete_until_a_commit() -> No
     assert state.complete
 
 
+def test_a_commit_that_the_worker_may_not_have_heard_is_unknown() -> None:
+    state = WeightsState(Weights("serving", "1", "a"))
+    state.begin()
+    state.lose("no goodbye")
+    assert state.now == Weights("unknown", reason="no goodbye")
+    state.begin()
+    state.fail("refused", touched=False)
+    assert state.now == Weights("unknown", reason="no goodbye")
+
+
 def test_what_was_not_touched_is_as_before() -> None:
     state = WeightsState(Weights("unknown"))
     for before in (Weights("unknown"), Weights("serving", "1", "a"), Weights("incomplete", reason="why")):
