@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint
+from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint, Share
 from ckpt_engine.checkpoint.progress import Progress
 from ckpt_engine.deadline import Deadline, Timeout, deadline_of
 from ckpt_engine.devices import detect_device, device_count, make_device, numa_place_of
@@ -216,6 +216,11 @@ class ParameterServer:
     def checkpoint_names(self) -> list[str]:
         """What is registered on this rank, sorted."""
         return self._registry.names()
+
+    @property
+    def checkpoints(self) -> list[Share]:
+        """The same, with what each holds. Can be asked for from any thread."""
+        return [checkpoint.share for checkpoint in self._registry.held()]
 
     def gather_metas(
         self, checkpoint_name: str, timeout: Timeout = TEN_MINUTES, *, ranks: Sequence[int] | None = None

@@ -8,7 +8,7 @@ registry.unregister("step-100")
 
 from ckpt_engine.checkpoint.arena import HostArena
 from ckpt_engine.checkpoint.file_split import split_files
-from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
+from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint, Share
 from ckpt_engine.checkpoint.index import (
     FileSelection,
     checkpoint_files,
@@ -33,6 +33,7 @@ __all__ = [
     "HostCheckpoint",
     "NpyHeader",
     "SafetensorsHeader",
+    "Share",
     "checkpoint_files",
     "describe",
     "files_of",

@@ -18,6 +18,16 @@ from ckpt_engine.errors import CheckpointError, ConfigError
 from ckpt_engine.metadata import HostBufferMeta, TensorMeta
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Share:
+    """What a rank holds of a checkpoint: bytes and number of its tensors; `digests`: all of them have one."""
+
+    name: str
+    nbytes: int
+    tensors: int
+    digests: bool
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class HostCheckpoint:
     """One rank's share of a checkpoint in host memory.
@@ -73,6 +83,16 @@ class HostCheckpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors, without the padding between them."""
         return sum(tensor.nbytes for buffer in self.buffers for tensor in buffer.tensors)
+
+    @property
+    def share(self) -> Share:
+        tensors = [tensor for buffer in self.buffers for tensor in buffer.tensors]
+        return Share(
+            name=self.name,
+            nbytes=self.nbytes,
+            tensors=len(tensors),
+            digests=bool(tensors) and all(tensor.digest for tensor in tensors),
+        )
 
     @property
     def memories(self) -> tuple[HostArena | MappedFile, ...]:

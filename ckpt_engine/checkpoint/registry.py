@@ -195,6 +195,11 @@ class CheckpointRegistry:
         with self._lock:
             return sorted(self._held)
 
+    def held(self) -> list[HostCheckpoint]:
+        """All of them, sorted by name."""
+        with self._lock:
+            return [self._held[name] for name in sorted(self._held)]
+
     def close(self) -> None:
         """Frees every checkpoint; one that is being loaded is freed when its loading ends. Idempotent."""
         with self._lock:

@@ -161,9 +161,22 @@ class MetasLoaded(BaseModel):
 class Running(BaseModel):
     """The long operation that a rank is at."""
 
+    number: int = Field(description="Grows from operation to operation of this rank.")
     operation: str
     checkpoint: str
     seconds: float = Field(description="Since it began.")
+    bytes_done: int = Field(0, description="Loaded, or given back by this rank's worker.")
+    bytes_total: int = Field(0, description="0: not known, or nothing that is counted in bytes.")
+    eta_seconds: float | None = Field(None, description="Until all bytes are done, at the pace so far.")
+
+
+class CheckpointHeld(BaseModel):
+    """A checkpoint's share that is registered on this rank."""
+
+    name: str
+    nbytes: int = Field(description="Of this rank's tensors.")
+    tensors: int
+    digests: bool = Field(description="Whether updates from it can be verified.")
 
 
 class WeightsHeld(BaseModel):
@@ -200,6 +213,27 @@ class ErrorBody(BaseModel):
         False, description="True: the weights are in place nevertheless. Null: this rank does not know."
     )
     restored: str | None = Field(None, description="The version that this rank's worker has again.")
+
+
+class Ended(BaseModel):
+    """An operation that has ended, on this rank."""
+
+    number: int
+    operation: str
+    checkpoint: str
+    ended_at: float = Field(description="Seconds since 1970, by this host's clock.")
+    seconds: float
+    nbytes: int
+    version: str | None = Field(None, description="What an update committed.")
+    stages: dict[str, float] = Field({}, description="Seconds of each of an update's.")
+    error: ErrorBody | None = Field(None, description="None: it succeeded.")
+
+
+class History(BaseModel):
+    """`ended`: the last 100, the oldest first."""
+
+    running: Running | None
+    ended: list[Ended]
 
 
 class RankAnswer(BaseModel):

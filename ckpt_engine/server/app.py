@@ -4,8 +4,10 @@
     DELETE /v1/checkpoints/{name}               free it
     POST   /v1/checkpoints/{name}/gather-metas  meet the other ranks
     POST   /v1/checkpoints/{name}/update        put it into the engines' workers
-    GET    /v1/healthz                          answered at any time
     GET    /v1/metas, POST /v1/metas            what the ranks hold, out and in
+    GET    /v1/healthz, /v1/checkpoints, /v1/operations, /v1/events, /metrics
+                                                what there is and what goes on, answered at any time
+    POST   /v1/cancel                           end what the rank is at (`looking_on`)
 
 As with `ParameterServer`, every rank must be asked: a gather or an update that only some are asked for
 waits for the others, to its timeout. `?all_ranks=true`, on rank 0, asks them all, and answers with every
@@ -38,17 +40,17 @@ from ckpt_engine.server.api_models import (
     FilesRequest,
     Gathered,
     GatherRequest,
-    Health,
     MetasLoaded,
     Registered,
     Unregistered,
     Updated,
     UpdateRequest,
-    WeightsHeld,
 )
 from ckpt_engine.server.drive import Call, Driver, NotAllRanks
 from ckpt_engine.server.failures import body_of, status_of, to_json
 from ckpt_engine.server.guard import Guard
+from ckpt_engine.server.looking_on import add_looking_on
+from ckpt_engine.server.metrics import Metrics
 from ckpt_engine.server.operations import Operations
 from ckpt_engine.server.rank_work import InvalidMetas, RankWork
 
@@ -111,7 +113,9 @@ def create_app(
             own name point there.
     """
     own = ThreadPoolExecutor(1, thread_name_prefix="ckpt-engine-operation") if executor is None else None
-    operations = Operations(executor or own)  # type: ignore[arg-type]  # one of them is there
+    metrics = Metrics()
+    operations = Operations(executor or own, [metrics.watch])  # type: ignore[arg-type]  # one of them is there
+    metrics.show(ps, operations)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -129,21 +133,11 @@ def create_app(
     )
     app.add_middleware(Guard, token=token, local_only=local_only)
     _add_failures(app)
-    work = RankWork(ps, access or Access.of(ps.settings, own_user=False))
+    work = RankWork(ps, access or Access.of(ps.settings, own_user=False), operations.progress)
     _add_checkpoints(app, work, Driver(ps.rank, ps.world_size, operations, servers))
     _add_metas(app, work, operations)
 
-    @app.get("/v1/healthz", summary="Who this rank is, and what it is at")
-    async def healthz() -> Health:
-        return Health(
-            rank=ps.rank,
-            world_size=ps.world_size,
-            checkpoints=ps.checkpoint_names,
-            running=operations.running,
-            last_update=work.last_update,
-            weights=WeightsHeld.model_validate(ps.weights.to_dict()),
-        )
-
+    add_looking_on(app, work, operations, metrics)
     return app
 
 

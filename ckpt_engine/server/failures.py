@@ -37,6 +37,22 @@ class ServerStopping(CkptEngineError):
     """The server was told to end."""
 
 
+class NothingRuns(CkptEngineError):
+    """There is nothing that could be cancelled."""
+
+
+class CannotCancel(CkptEngineError):
+    """What runs cannot be ended by anybody."""
+
+
+class Cancelled(CkptEngineError):
+    """Somebody asked for that. `committed`: the weights were in place already."""
+
+    def __init__(self, message: str, *, committed: bool = False) -> None:
+        self.committed = committed
+        super().__init__(message)
+
+
 _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (ConfigError, 400),
     (NotAllowedError, 403),
@@ -49,6 +65,9 @@ _STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (EngineRequestError, 502),
     (RankUnreachable, 502),
     (ServerStopping, 503),
+    (NothingRuns, 409),
+    (Cancelled, 409),
+    (CannotCancel, 501),
 )
 _STATUSES_OF_RECORDS = {"EngineRequestError": 502, "UpdateTimeout": 504, "HostMemoryError": 507}
 """An update fails on every rank with the record of what failed first: the cause decides."""
@@ -80,7 +99,7 @@ def body_of(error: BaseException) -> ErrorBody:
         error_type=type(error).__name__,
         message=(str(error) or type(error).__name__)[:MAX_TEXT],
         traceback=text[-MAX_TEXT:],
-        committed=isinstance(error, PublishError) and error.committed,
+        committed=isinstance(error, PublishError | Cancelled) and error.committed,
     )
 
 

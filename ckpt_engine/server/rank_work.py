@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ckpt_engine.checkpoint.progress import Progress
 from ckpt_engine.errors import CkptEngineError, ConfigError, UnknownCheckpointError
 from ckpt_engine.metadata import fleets_from_json
 from ckpt_engine.server.access import Access
@@ -22,10 +23,12 @@ from ckpt_engine.server.api_models import (
     UpdateRequest,
 )
 from ckpt_engine.server.engine_client import request_inference_to_update, request_timeout
+from ckpt_engine.server.failures import Cancelled
 
 if TYPE_CHECKING:
     from ckpt_engine.parameter_server import ParameterServer
     from ckpt_engine.update.request import SocketPaths
+    from ckpt_engine.update.session import UpdateReport
 
 
 class InvalidMetas(CkptEngineError):
@@ -33,11 +36,12 @@ class InvalidMetas(CkptEngineError):
 
 
 class RankWork:
-    """This rank's part of each operation. The methods block."""
+    """This rank's part of each operation. The methods block. `progress` is told of the bytes done."""
 
-    def __init__(self, ps: ParameterServer, access: Access) -> None:
+    def __init__(self, ps: ParameterServer, access: Access, progress: Progress) -> None:
         self.ps = ps
         self.access = access
+        self._progress = progress
         self.last_update: Updated | None = None
 
     def register(self, name: str, request: FilesRequest, files: Sequence[str]) -> Registered:
@@ -49,6 +53,7 @@ class RankWork:
             use_shared_memory_pool=request.use_shared_memory_pool,
             use_inplace_pin_memory=request.use_inplace_pin_memory,
             digests=request.digests,
+            on_progress=self._progress,
         )
         return Registered(checkpoint=name, files=len(files), seconds=time.monotonic() - began)
 
@@ -89,7 +94,22 @@ class RankWork:
                 raise ConfigError(f"{what}: {max(ranks)} is not a rank: they go from 0 to {world_size - 1}")
 
     def update(self, name: str, request: UpdateRequest) -> Updated:
-        report = self.ps.update(
+        before = self.ps.weights
+        try:
+            report = self._update(name, request)
+            updated = Updated(**asdict(report))
+            if report.version:  # else this rank was not needed
+                self.last_update = updated
+        except BaseException as error:
+            # Whoever broke it off came too late if the weights are in place all the same.
+            now = self.ps.weights
+            if not isinstance(error, Exception) and now.state == "serving" and now != before:
+                raise Cancelled(f"{error}, and the weights were in place already", committed=True) from error
+            raise
+        return updated
+
+    def _update(self, name: str, request: UpdateRequest) -> UpdateReport:
+        return self.ps.update(
             name,
             req_func_of(
                 request.targets,
@@ -104,11 +124,8 @@ class RankWork:
             version=request.version,
             on_failure=request.on_failure,
             verify=request.verify,
+            on_progress=self._progress,
         )
-        updated = Updated(**asdict(report))
-        if report.version:  # else this rank was not needed
-            self.last_update = updated
-        return updated
 
     def load_metas(self, text: bytes) -> MetasLoaded:
         try:

@@ -22,7 +22,7 @@ from ckpt_engine.server import missing_extra
 from ckpt_engine.server.access import Access
 from ckpt_engine.server.all_ranks import RankServers
 from ckpt_engine.server.app import create_app
-from ckpt_engine.server.failures import ServerStopping
+from ckpt_engine.server.failures import Cancelled, ServerStopping
 
 try:
     import uvicorn
@@ -47,11 +47,22 @@ GRACE_SECONDS = 20.0
 """How long everything may take to end: less than a launcher waits before it kills."""
 
 
+CANCEL_SIGNAL = signal.SIGUSR1
+"""What the event loop's thread sends to the main thread."""
+
+
 class Interrupted(BaseException):
     """A signal, raised inside the operation at work."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"the parameter server was ended by {signal.Signals(signum).name}")
+
+
+class CancelledByRequest(BaseException):
+    """Raised inside the operation that somebody wants to end."""
+
+    def __init__(self) -> None:
+        super().__init__("it was cancelled by a request")
 
 
 class MainThread(Executor):
@@ -61,6 +72,7 @@ class MainThread(Executor):
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._working = False
         self._ended = False
+        self._cancels = False
         self.signum: int | None = None
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
@@ -73,6 +85,8 @@ class MainThread(Executor):
                 future.set_result(self._interruptible(lambda: fn(*args, **kwargs)))
             except Interrupted as interrupt:
                 future.set_exception(ServerStopping(str(interrupt)))
+            except CancelledByRequest as cancel:
+                future.set_exception(Cancelled(str(cancel)))
             except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
                 future.set_exception(error)
 
@@ -95,9 +109,18 @@ class MainThread(Executor):
     def stop(self) -> None:
         self._work.put(None)
 
+    def cancel(self) -> bool:
+        """Ends what is at work in the main thread, from another one; false if nothing is."""
+        if not self._working:
+            return False
+        self._cancels = True
+        signal.pthread_kill(threading.main_thread().ident or 0, CANCEL_SIGNAL)
+        return True
+
     def _interruptible(self, work: Callable[[], T]) -> T:
         if self._ended:
             raise ServerStopping("the parameter server is ending")
+        self._cancels = False
         self._working = True
         try:
             # A signal that came just before is not lost.
@@ -119,7 +142,14 @@ class MainThread(Executor):
             if first and self._working:
                 raise Interrupted(signum)
 
+        def cancel(_signum: int, _: FrameType | None) -> None:
+            # Once, as above; and a signal from elsewhere means nothing.
+            if self._cancels and self._working and self.signum is None:
+                self._cancels = False
+                raise CancelledByRequest
+
         before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+        before[CANCEL_SIGNAL] = signal.signal(CANCEL_SIGNAL, cancel)
         try:
             yield
         finally:
@@ -229,6 +259,8 @@ def _bounded_end(listener: Listener) -> Iterator[None]:
 
     def watch() -> None:
         number = os.read(read, 1)
+        while number == bytes([CANCEL_SIGNAL]):  # that ends an operation, not the process
+            number = os.read(read, 1)
         if number in (b"", b"\0") or ended.wait(GRACE_SECONDS):
             return
         logger.error("not ended %.0f s after signal %d: ending at once", GRACE_SECONDS, number[0])

@@ -325,6 +325,38 @@ def test_questions_are_answered_during_an_update(ranks: Ranks, engines: list[str
     assert ranks.ask("DELETE", "/checkpoints/slow", params=ALL).status_code == 200
 
 
+def test_an_update_is_watched_and_cancelled(ranks: Ranks, engines: list[str], checkpoint: Path) -> None:
+    """Both ranks end it, nothing is loaded, and what comes after works."""
+    ranks.hold("unwanted", checkpoint)
+    before = [digests(engine) for engine in engines]
+    asked, go = threading.Event(), threading.Event()
+
+    def answer() -> dict[str, Any]:
+        asked.set()
+        assert go.wait(SECONDS)
+        return {"error": "after all, no"}
+
+    assert ranks.ask("POST", "/cancel").json()["error_type"] == "NothingRuns"
+    with fake_engine(answer) as slow, ThreadPoolExecutor(1) as pool:
+        update = pool.submit(ranks.update, "unwanted", [slow, slow])
+        assert asked.wait(SECONDS)
+        cancelled = ranks.ask("POST", "/cancel", 1)
+        assert (cancelled.status_code, cancelled.json()["operation"]) == (200, "update")
+        answered = update.result(SECONDS)
+        go.set()
+    parts = answered.json()["ranks"]
+    assert parts["1"]["answer"]["error_type"] == "Cancelled", parts["1"]
+    assert "cancelled by a request" in parts["0"]["answer"]["message"], parts["0"]
+    for rank in range(2):
+        last = ranks.ask("GET", "/operations", rank).json()["ended"][-1]
+        assert (last["operation"], last["checkpoint"]) == ("update", "unwanted")
+        assert last["error"]["committed"] is False
+    assert [digests(engine) for engine in engines] == before
+    assert ranks.update("unwanted", engines).status_code == 200
+    check_engines(engines, checkpoint)
+    assert ranks.ask("DELETE", "/checkpoints/unwanted", params=ALL).status_code == 200
+
+
 def test_a_rank_that_is_not_asked(ranks: Ranks, checkpoint: Path) -> None:
     ranks.hold("alone", checkpoint)
     answer = ranks.ask("POST", "/checkpoints/alone/update", json={"timeout": 0.5})

@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import uvicorn
 
+from ckpt_engine.checkpoint import Share
+from ckpt_engine.checkpoint.progress import Progress
 from ckpt_engine.errors import CheckpointExistsError, ErrorRecord, UnknownCheckpointError, UpdateError
 from ckpt_engine.metadata import HostBufferMeta, RankMetas, TensorMeta
 from ckpt_engine.server.access import Access
@@ -96,11 +98,22 @@ class StubServer:
     def remote_topology(self) -> dict[str, set[int]]:
         return {"tcp@h": set(self.metas)}
 
+    @property
+    def checkpoints(self) -> list[Share]:
+        return [Share(name=name, nbytes=24, tensors=2, digests=False) for name in self.checkpoint_names]
+
     def register_checkpoint(
-        self, name: str, *, files: list[str], digests: bool | None = None, **options: bool
+        self,
+        name: str,
+        *,
+        files: list[str],
+        digests: bool | None = None,
+        on_progress: Progress,
+        **options: bool,
     ) -> None:
         if name in self.registered:
             raise CheckpointExistsError(f"{name!r} is registered already")
+        on_progress(8, 24)
         self._do("register", name, list(files), options | ({"digests": digests} if digests else {}))
         self.registered[name] = list(files)
 
@@ -135,7 +148,9 @@ class StubServer:
         version: str | None = None,
         on_failure: str = "raise",
         verify: str | None = None,
+        on_progress: Progress,
     ) -> UpdateReport:
+        on_progress(6, 24)
         asked = [*(["keep"] if keep else []), *([version, on_failure, verify] if version else [])]
         self._do("update", name, timeout, ranks, *asked)
         try:

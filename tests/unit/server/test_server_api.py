@@ -339,6 +339,11 @@ def test_the_document_names_every_route(client: TestClient) -> None:
         ("get", "/v1/healthz"),
         ("get", "/v1/metas"),
         ("post", "/v1/metas"),
+        ("get", "/v1/checkpoints"),
+        ("get", "/v1/operations"),
+        ("get", "/v1/events"),
+        ("post", "/v1/cancel"),
+        ("get", "/metrics"),
     }
     for item in document["paths"].values():
         for operation in item.values():

@@ -37,7 +37,13 @@ OPERATIONS = (
     "GET /v1/healthz",
     "GET /v1/metas",
     "POST /v1/metas",
+    "GET /v1/checkpoints",
+    "GET /v1/operations",
+    "POST /v1/cancel",
+    "GET /metrics",
 )
+ENDLESS = ("GET /v1/events",)
+"""Not asked here: it has no body, and its answer does not end."""
 
 
 def schema_of(access: Access) -> schemathesis.schemas.BaseSchema:
@@ -47,7 +53,7 @@ def schema_of(access: Access) -> schemathesis.schemas.BaseSchema:
 
 def test_all_operations_are_fuzzed() -> None:
     schema = schema_of(Access.of(Settings(), own_user=True))
-    assert sorted(found.ok().label for found in schema.get_all_operations()) == sorted(OPERATIONS)
+    assert sorted(found.ok().label for found in schema.get_all_operations()) == sorted(OPERATIONS + ENDLESS)
 
 
 @pytest.mark.parametrize("label", OPERATIONS)

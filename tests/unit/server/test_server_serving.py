@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt_engine.server.failures import ServerStopping
-from ckpt_engine.server.serving import Interrupted, MainThread
+from ckpt_engine.server.failures import Cancelled, ServerStopping
+from ckpt_engine.server.serving import CANCEL_SIGNAL, CancelledByRequest, Interrupted, MainThread
 
 HERE = Path(__file__).parent
 SECONDS = 20.0
@@ -24,7 +24,7 @@ SECONDS = 20.0
 
 @pytest.fixture
 def main() -> Iterator[MainThread]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT, CANCEL_SIGNAL)}
     yield MainThread()
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -68,6 +68,41 @@ def test_a_signal_ends_what_is_at_work_and_what_waits(main: MainThread, signum: 
             future.result(0)
     assert main.signum == signum
     assert signal.getsignal(signum) is signal.SIG_IGN
+
+
+def test_a_request_ends_what_is_at_work_and_only_that(main: MainThread) -> None:
+    begun = threading.Event()
+    seen: list[str] = []
+
+    def work() -> None:
+        try:
+            begun.set()
+            threading.Event().wait(SECONDS)
+        except CancelledByRequest as cancel:
+            os.kill(os.getpid(), CANCEL_SIGNAL)  # one from elsewhere means nothing
+            seen.append(str(cancel))
+            raise
+
+    def ask() -> None:
+        assert begun.wait(SECONDS)
+        cancelled.append(main.cancel())
+
+    cancelled: list[bool] = []
+    with main.signals():
+        assert not main.cancel()
+        working, next_one = main.submit(work), main.submit(lambda: "done")
+        next_one.add_done_callback(lambda _: main.stop())
+        asking = threading.Thread(target=ask)
+        asking.start()
+        main.run()
+        asking.join(SECONDS)
+    assert cancelled == [True]
+    assert seen == ["it was cancelled by a request"]
+    with pytest.raises(Cancelled, match="cancelled by a request") as caught:
+        working.result(0)
+    assert not caught.value.committed
+    assert next_one.result(0) == "done"
+    assert main.signum is None
 
 
 def test_a_signal_while_nothing_is_at_work(main: MainThread) -> None:
