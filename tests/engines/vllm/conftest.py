@@ -12,6 +12,19 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+LONGEST_FIRST = (
+    "server",
+    "update_example",
+    "ray",
+    "examples",
+    "two_workers",
+    "quantised",
+    "drafter",
+    "tying",
+)
+"""So that none is left to one of several processes alone at the end."""
+SHARING = {"world", "model", "served", "heads"}
+"""Fixtures of a module that are, or start, an engine."""
 SHARED_MEMORY = "/dev/shm"
 OTHERS = ("psm_", "sem.", "torch_", "__KMP", "vllm_dist_", "sgl", "fake-npu")
 """Names there of what vLLM (and SGLang) make, Python's shared memory, torch, OpenMP, and of other tests."""
@@ -21,9 +34,19 @@ if importlib.util.find_spec("vllm"):
     from tests.engines.vllm.engines import RUNTIME, Checkpoints, OfflineEngine
 
     def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+        """What shares an engine stays together, in its order, where several processes run the tests."""
         for item in items:
             if item.path.is_relative_to(HERE):
                 item.add_marker("vllm")
+                if shared := SHARING.intersection(getattr(item, "fixturenames", ())):
+                    params = item.callspec.params if hasattr(item, "callspec") else {}
+                    of = [str(params[name]) for name in sorted(shared) if name in params]
+                    item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *of])))
+        items.sort(key=_place)
+
+    def _place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
 
     @pytest.fixture(scope="session")
     def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
@@ -43,12 +66,12 @@ if importlib.util.find_spec("vllm"):
         yield
         assert list(RUNTIME.iterdir()) == []
         left = set(os.listdir(SHARED_MEMORY)) - before
-        assert [name for name in left if not name.startswith(OTHERS)] == []
+        left = {name for name in left if not name.startswith(OTHERS) and "-cpushm_" not in name}
+        assert left == set()
 
-    @pytest.fixture(scope="session", autouse=True)
-    def runtime() -> Iterator[None]:
-        yield
-        shutil.rmtree(RUNTIME)
+    def pytest_sessionfinish() -> None:
+        # Of each process that runs tests, and of the one that has them run.
+        shutil.rmtree(RUNTIME, ignore_errors=True)
 
     def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         """A row for the README's table of versions."""

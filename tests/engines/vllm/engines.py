@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ PROMPTS = [[5, 6, 7], [9, 100, 4, 8, 300, 17], [2]]
 RUNTIME = Path(tempfile.mkdtemp(prefix="ce-", dir="/tmp"))
 """What this run's parameter servers keep their sockets in, beside those of others."""
 os.environ["CKPT_ENGINE_SOCKET_DIR"] = str(RUNTIME)
+NO_P2P = {"CKPT_ENGINE_P2P": "off"}
+"""Where nothing is read by P2P: mooncake takes a second to end."""
 SECONDS = 300.0
 """For an engine to start on a loaded machine."""
 ENVIRONMENT = {
@@ -62,15 +65,20 @@ class OfflineEngine:
 
     def __init__(self, log: Path, **environment: str) -> None:
         self._log = log
+        self._environment = environment
         self._lock = threading.Lock()
         self._references: dict[tuple[Path, int], Answers] = {}
+        self._launch()
+
+    def _launch(self) -> None:
         answers, theirs = os.pipe()
         # With one worker it runs in this very process: engines start fast, one after the other.
-        with log.open("w") as output:
+        own = ENVIRONMENT | NO_P2P | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | self._environment
+        with self._log.open("a") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tests.engines.vllm.offline_process", str(theirs)],
                 cwd=ROOT,
-                env=os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | environment,
+                env=os.environ | own,
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -80,6 +88,10 @@ class OfflineEngine:
             )
         os.close(theirs)
         self._answers = os.fdopen(answers)
+
+    @property
+    def lives(self) -> bool:
+        return self._process.poll() is None
 
     def ask(self, operation: str, argument: Any) -> Any:  # noqa: ANN401 - JSON
         with self._lock:
@@ -95,6 +107,10 @@ class OfflineEngine:
         return answer["result"]
 
     def start(self, model: Path, **options: Any) -> None:  # noqa: ANN401 - LLM's arguments
+        if not self.lives:
+            # A test that failed ended it: the others' engine is another one.
+            self.close()
+            self._launch()
         arguments = {
             "model": str(model),
             "max_model_len": 2048,
@@ -121,6 +137,7 @@ class OfflineEngine:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._answers.close()
         self._process.wait(60)

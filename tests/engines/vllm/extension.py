@@ -83,6 +83,15 @@ class Extension(VllmColocateWorkerExtension):
         if self.rank == rank:  # type: ignore[attr-defined]
             _fail_once(phase, bucket, fifo, raises)
 
+    def test_clean(self) -> None:
+        """Takes back what other methods here have changed and a test that failed has left."""
+        for method, original in ORIGINALS.items():
+            setattr(worker_update.WorkerUpdate, method, original)
+        self.test_pace(0)
+        self.test_pairs(False)
+        self.test_asleep(None)
+        self._weight_update_active = False
+
     def test_session(self, rank: int, is_open: bool) -> None:
         """Has vLLM's worker `rank` think that a weight update is open, or is not."""
         if self.rank == rank:  # type: ignore[attr-defined]
@@ -127,6 +136,10 @@ class Extension(VllmColocateWorkerExtension):
                 real = getattr(module.attn_backend, "real", module.attn_backend)
                 named = SimpleNamespace(get_name=lambda: backend, real=real)
                 module.attn_backend = real if backend is None else named
+
+    def test_balances_experts(self, whether: bool) -> None:
+        """Has the engine's config say that experts are moved between ranks; vLLM does not on CPUs."""
+        self.vllm_config.parallel_config.enable_eplb = whether  # type: ignore[attr-defined]
 
     def test_asleep(self, tags: Sequence[str] | None) -> None:
         """Has vLLM's allocator, which there is none of on a CPU, say that what has these tags is asleep."""
@@ -234,6 +247,9 @@ def _count_replays() -> int:
         replay.count = 0  # type: ignore[attr-defined]
         kind.replay = replay
     return int(kind.replay.count)
+
+
+ORIGINALS = {name: getattr(worker_update.WorkerUpdate, name) for name in ("_prepare", "_run", "_finish")}
 
 
 def _fail_once(phase: str, bucket: int, fifo: str | None, raises: bool) -> None:

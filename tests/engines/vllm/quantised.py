@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+
+@contextmanager
+def skipping_without_kernel() -> Iterator[None]:
+    """Skips the test where the CPU lacks what vLLM's kernels need."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Failed to find a kernel" in str(error) or "requires x86 with AVX-512 or AMX" in str(error):
+            pytest.skip(f"vLLM has no kernel for this on this CPU: {str(error).splitlines()[-1][:200]}")
+        raise
+
 
 Tensors = dict[str, torch.Tensor]
 GROUP = 32
 BLOCK = 128
+LIMITS: dict[str, Any] = {"max_model_len": 256, "max_num_batched_tokens": 256}
+"""vLLM tries a batch of so many tokens as it starts, and some of these kernels are slow."""
 KEPT = ("lm_head", "embed_tokens", "mlp.gate.")
 """Matrices that stay as they are."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,9 +18,11 @@ import pytest
 
 from ckpt_engine.errors import EngineRequestError
 from ckpt_engine.server.engine_client import call_engine, wait_until_healthy
-from tests.engines.vllm.engines import ENVIRONMENT, EXTENSION, PROMPTS, ROOT, SECONDS, Answers
+from tests.engines.vllm.engines import ENVIRONMENT, EXTENSION, NO_P2P, PROMPTS, ROOT, SECONDS, Answers
 from tests.engines.vllm.offline_process import MAX_TOKENS
 from tests.integration.conftest import free_port
+
+_NUMBERS = itertools.count(1000)
 
 
 class Server:
@@ -52,9 +55,13 @@ class Server:
         command += ["--tensor-parallel-size", str(tensor_parallel_size), "--worker-extension-cls", EXTENSION]
         command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--seed", "0", *options]
         command += ["--enforce-eager"] if eager else []
-        with log.open("w") as output:
+        self._command = command
+        self._start()
+
+    def _start(self) -> None:
+        with self.log.open("a") as output:
             self.process = subprocess.Popen(
-                command,
+                self._command,
                 cwd=ROOT,
                 env=os.environ | ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"},
                 stdout=output,
@@ -67,6 +74,23 @@ class Server:
             wait_until_healthy(self.url, SECONDS, self.uds)
         except EngineRequestError:
             pytest.fail(f"vLLM did not start:\n{self.log.read_text()[-8000:]}")
+
+    def make_ready(self) -> None:
+        """Serving right, whatever a test that failed has left of it: else it is started anew."""
+        try:
+            number = next(_NUMBERS)
+            if self.rpc("test_echo", number) != [str(number)] * self.tensor_parallel_size:
+                raise EngineRequestError("its replies are out of step")
+            self.rpc("test_clean")
+            if self.get("/is_sleeping")["is_sleeping"]:
+                self.post("/wake_up")
+            if self.get("/is_paused")["is_paused"]:
+                self.post("/resume")
+        except (EngineRequestError, httpx.HTTPError) as error:
+            print(f"vLLM is started anew: {error}")  # noqa: T201 - a test before this one did it
+            self.close()
+            self._start()
+            self.wait()
 
     def rpc(self, method: str, *args: Any) -> list[Any]:  # noqa: ANN401 - JSON
         return call_engine(self.rpc_url, method, args, timeout=60, uds=self.uds)
@@ -143,11 +167,18 @@ class Fleet:
     """A parameter server for each rank, or for those from `first` on."""
 
     def __init__(self, size: int, log: Path, *, first: int = 0, **environment: str) -> None:
+        self._size, self._first, self._environment = size, first, environment
         self._log = log
+        self.processes: list[subprocess.Popen[str]] = []
+        self._start()
+
+    def _start(self) -> None:
         self.port = free_port()
         self.processes = []
-        with log.open("a") as output:
-            for rank in range(first, size):
+        self._updates = 0
+        size, environment = self._size, NO_P2P | self._environment
+        with self._log.open("a") as output:
+            for rank in range(self._first, size):
                 env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
                 env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self.port), "GLOO_SOCKET_IFNAME": "lo"}
                 process = subprocess.Popen(
@@ -178,6 +209,7 @@ class Fleet:
             request |= {"endpoint": server.url, "uds": server.uds}
         request |= {"native": native, "timeout": timeout, "tells": tells}
         request |= {"withholds": withholds}
+        self._updates += 1
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(json.dumps(request) + "\n")
@@ -194,6 +226,12 @@ class Fleet:
         self.processes[0].stdin.write("\n")
         self.processes[0].stdin.flush()
 
+    def make_ready(self) -> None:
+        """All there and none in an update, whatever a test that failed has left: else started anew."""
+        if self._updates or any(process.poll() is not None for process in self.processes):
+            self.kill()
+            self._start()
+
     def kill(self) -> None:
         for process in self.processes:
             process.kill()
@@ -201,6 +239,7 @@ class Fleet:
 
     def results(self) -> list[dict[str, Any]]:
         """Each rank's answer; {} of one that is gone."""
+        self._updates -= 1
         lines = [process.stdout.readline() for process in self.processes if process.stdout is not None]
         return [json.loads(line) if line else {} for line in lines]
 

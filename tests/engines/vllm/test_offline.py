@@ -26,6 +26,13 @@ class Model:
     expected: dict[str, Answers]
     dummy: Answers
 
+    def make_ready(self) -> None:
+        """Serving, whatever a test that failed has left of it."""
+        if self.engine.lives:
+            self.engine.rpc("test_clean")
+        else:
+            self.engine.start(self.paths["a"], load_format="dummy")
+
 
 @pytest.fixture(scope="module", params=["qwen3", "llama", "tied", "moe"])
 def model(request: pytest.FixtureRequest, offline: OfflineEngine, checkpoints: Checkpoints) -> Model:
@@ -34,6 +41,12 @@ def model(request: pytest.FixtureRequest, offline: OfflineEngine, checkpoints: C
     assert expected["a"].generated != expected["b"].generated
     offline.start(paths["a"], load_format="dummy")
     return Model(offline, paths, expected, offline.answers())
+
+
+@pytest.fixture(autouse=True)
+def ready(model: Model) -> None:
+    """Before each test."""
+    model.make_ready()
 
 
 def test_it_answers_as_if_loaded_from_disk_update_after_update(model: Model) -> None:

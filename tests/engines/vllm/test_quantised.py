@@ -12,14 +12,11 @@ import pytest
 from ckpt_engine.errors import UpdateError
 from tests.engines.vllm.engines import SEEDS, Answers, Checkpoints, OfflineEngine
 from tests.engines.vllm.parameter_servers import update_from
-from tests.engines.vllm.quantised import quantise
-from tests.engines.vllm.servers import Fleet, Server
+from tests.engines.vllm.quantised import LIMITS, quantise, skipping_without_kernel
 from tests.engines.vllm.test_offline import tensor_names
 
 SLOT_NBYTES = 9000
 """Fused groups and their scales lie in several buckets."""
-LIMITS = ("--max-model-len", "256", "--max-num-batched-tokens", "256")
-"""vLLM tries a batch of so many tokens, and some of these kernels are slow."""
 
 
 @dataclass
@@ -35,14 +32,8 @@ class Quantised:
         return directory
 
     def start(self, model: Path, **options: Any) -> Answers:  # noqa: ANN401 - of LLM
-        """Skips the test where the CPU lacks what vLLM's kernels need."""
-        try:
-            # As LIMITS.
-            self.offline.start(model, max_model_len=256, max_num_batched_tokens=256, **options)
-        except RuntimeError as error:
-            if "Failed to find a kernel" in str(error) or "requires x86 with AVX-512 or AMX" in str(error):
-                pytest.skip(f"vLLM has no kernel for this on this CPU: {str(error).splitlines()[-1][:200]}")
-            raise
+        with skipping_without_kernel():
+            self.offline.start(model, **LIMITS, **options)
         return self.offline.answers()
 
     def update(self, checkpoint: Path, slot_nbytes: int | None = None) -> Answers:
@@ -66,30 +57,6 @@ def test_a_quantised_checkpoint(quantised: Quantised, layout: str) -> None:
         pytest.skip("without AMX vLLM's int8 is oneDNN's, which is refused: see the test of asymmetric ones")
     for version, slot_nbytes in (("a", None), ("b", SLOT_NBYTES), ("a", SLOT_NBYTES)):
         assert quantised.update(paths[version], slot_nbytes) == expected[version]
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", ["fp8-block", "ct-int4"])
-def test_two_workers_have_their_shards_of_a_quantised_checkpoint(
-    quantised: Quantised, tmp_path: Path, layout: str
-) -> None:
-    """In vLLM's server, which loads the first version itself."""
-    paths = {version: quantised(layout, version, of="wider") for version in "ab"}
-    expected = {"b": quantised.start(paths["b"], tensor_parallel_size=2)}
-    server = Server(paths["a"], 2, tmp_path / "server.txt", *LIMITS)
-    fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB=str(SLOT_NBYTES / 2**20))
-    try:
-        server.wait()
-        expected["a"] = server.answers()
-        assert expected["a"].generated != expected["b"].generated
-        ranks = expected["a"].digests
-        assert ranks[0] != ranks[1]
-        for version in "baba":
-            fleet.commit(server, paths[version])
-            assert server.answers() == expected[version]
-    finally:
-        fleet.close()
-        server.close()
 
 
 @pytest.mark.parametrize("quantization", ["fp8_per_block", "fp8_per_channel"])

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.timeout(600)
 RAY = Path(sys.prefix) / "ray"
 """`make test-vllm` installs it there."""
 SIZE = 2
-SHARED_MEMORY, WORKERS_MEMORY = Path("/dev/shm"), "*-cpushm_*"
+SHARED_MEMORY, WORKERS_MEMORY = Path("/dev/shm"), "[!v]*-cpushm_*"
+"""Not that of the other executors' workers, whose names begin with vllm_dist_."""
 RESOURCES = {"CPU": 2, "GPU": SIZE, "object_store_memory": 100 * 2**20}
 """What Ray believes that this machine has."""
 

@@ -56,6 +56,23 @@ def test_an_engine_with_adapters_is_refused_and_goes_on(
     assert offline.answers() == before
 
 
+def test_an_engine_that_moves_experts_is_refused_and_goes_on(
+    offline: OfflineEngine, checkpoints: Checkpoints
+) -> None:
+    offline.start(checkpoints("moe", "a"))
+    before = offline.answers()
+    offline.rpc("test_balances_experts", True)
+    with pytest.raises(
+        UpdateError, match=r"ConfigError: the expert load balancer .*without --enable-eplb"
+    ) as caught:
+        update_from(offline, checkpoints("moe", "b"))
+    assert caught.value.touched is False
+    assert offline.answers() == before
+    offline.rpc("test_balances_experts", False)
+    update_from(offline, checkpoints("moe", "b"))
+    assert offline.answers() == offline.from_disk(checkpoints("moe", "b"))
+
+
 def test_a_reload_that_moves_a_parameter_fails_for_good(
     offline: OfflineEngine, checkpoints: Checkpoints
 ) -> None:

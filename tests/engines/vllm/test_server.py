@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -26,7 +26,10 @@ TOKENS, STEP_SECONDS = 200, 0.025
 """Of a long answer: seconds, in which an update takes a part of one."""
 ATTEMPTS = 3
 """On a loaded machine an answer may be complete before the update is asked for."""
-NATIVE = ("--weight-transfer-config", '{"backend": "ckpt_engine"}')
+OPTIONS = (
+    *("--weight-transfer-config", '{"backend": "ckpt_engine"}'),
+    *("--middleware", "ckpt_engine_vllm.health.WeightsHealth"),
+)
 BELOW = ("checksum", "deadline", "host_memory", "state")
 PROMPT_SECONDS = 20.0
 """What a failure may take on a loaded machine; far below the update's 60 s."""
@@ -38,8 +41,6 @@ class World:
     fleet: Fleet
     paths: dict[str, Path]
     expected: dict[str, Answers]
-    pids: list[int] = field(default_factory=list)
-    """Of the workers."""
 
     @property
     def size(self) -> int:
@@ -64,18 +65,24 @@ def world(
 def _world(
     size: int, offline: OfflineEngine, paths: dict[str, Path], logs: Path, uds: Path | None
 ) -> Iterator[World]:
-    server = Server(paths["a"], size, logs / "server.txt", "--load-format", "dummy", *NATIVE, uds=uds)
+    server = Server(paths["a"], size, logs / "server.txt", "--load-format", "dummy", *OPTIONS, uds=uds)
     world = World(server, Fleet(size, logs / "ranks.txt", CKPT_ENGINE_SLOT_MIB="0.05"), paths, {})
     try:
         # The server starts meanwhile.
         for version, path in paths.items():
             world.expected[version] = offline.from_disk(path, size)
         server.wait()
-        world.pids = [int(pid) for pid in server.rpc("test_pid")]
         yield world
     finally:
         world.fleet.close()
         server.close()
+
+
+@pytest.fixture(autouse=True)
+def ready(world: World) -> None:
+    """Before each test."""
+    world.server.make_ready()
+    world.fleet.make_ready()
 
 
 def test_it_answers_as_if_loaded_from_disk_update_after_update(world: World) -> None:
@@ -225,6 +232,54 @@ def test_a_server_stays_paused_after_an_update_that_failed_half_way(world: World
     _command_line(world, "b", "--pause", "keep")
     assert world.server.get("/is_paused") == {"is_paused": False}
     assert world.server.answers() == world.expected["b"]
+
+
+@pytest.mark.parametrize("route", ["/health", "/ping"])
+def test_health_is_503_while_a_worker_has_incomplete_weights(world: World, route: str) -> None:
+    """The last rank's; the server lives, and the next update mends it."""
+    world.fleet.commit(world.server, world.paths["a"])
+    assert _health(world, route) == (200, None)
+    world.server.rpc("test_fault", "prepare", 0, world.size - 1)
+    assert "injected in prepare" in world.fleet.update(world.server, world.paths["b"])[0]["error"]
+    assert _health(world, route) == (200, None)
+    world.server.rpc("test_fault", "run", 0, world.size - 1)
+    assert "injected in run" in world.fleet.update(world.server, world.paths["b"])[0]["error"]
+    status, answer = _health(world, route)
+    assert status == 503
+    assert answer is not None
+    assert answer["weights"] == "incomplete"
+    assert "injected in run" in answer["error"]
+    assert len(world.server.generate([5, 6, 7])[0]) > 0
+    # Who waits for the server's health before an update does not wait for what the update brings.
+    VllmServer(endpoint=world.server.url, uds=world.server.uds).wait_until_ready(10)
+    world.fleet.commit(world.server, world.paths["b"])
+    assert _health(world, route) == (200, None)
+    assert world.server.answers() == world.expected["b"]
+
+
+def test_health_answers_while_workers_receive(world: World, tmp_path: Path) -> None:
+    """With what they said before; and no reply of theirs comes late."""
+    world.fleet.commit(world.server, world.paths["a"])
+    fifo = _fifo(tmp_path)
+    world.server.rpc("test_fault", "run", 2, 0, str(fifo), False)
+    world.fleet.start_update(world.server, world.paths["b"])
+    assert fifo.read_text() == "here"
+    for _ in range(2):
+        assert _health(world, "/health") == (200, None)
+    fifo.write_text("go on")
+    for result in world.fleet.results():
+        assert "report" in result, result
+    for number in range(3):
+        assert world.server.rpc("test_echo", number) == [str(number)] * world.size
+    assert _health(world, "/health") == (200, None)
+    assert world.server.answers() == world.expected["b"]
+
+
+def _health(world: World, route: str) -> tuple[int, dict[str, str] | None]:
+    """Status, and the body, if there is one."""
+    with world.server.client() as client:
+        answer = client.get(world.server.url + route)
+    return answer.status_code, answer.json() if answer.content else None
 
 
 def test_what_the_old_weights_computed_is_forgotten(world: World) -> None:
@@ -390,9 +445,9 @@ def test_an_update_that_is_too_slow_ends_before_its_call_and_the_next_one_works(
     """Its parameter servers are there and would go on; but no reply may come after the RPC's end."""
     world.fleet.commit(world.server, world.paths["a"])
     # The RPC gets 10 s less, its workers some more seconds less.
-    world.fleet.start_update(world.server, world.paths["b"], timeout=40, withholds=2)
+    world.fleet.start_update(world.server, world.paths["b"], timeout=22, withholds=2)
     for result in world.fleet.results():
-        assert "a limit of 28.5 s, which came while this worker waited for bucket 2" in result["error"]
+        assert "a limit of 11.4 s, which came while this worker waited for bucket 2" in result["error"]
     statuses = world.server.rpc("ckpt_engine_status")
     assert [status["weights"] for status in statuses] == ["incomplete"] * world.size
     assert world.server.rpc("test_echo", 44) == ["44"] * world.size
@@ -402,8 +457,7 @@ def test_an_update_that_is_too_slow_ends_before_its_call_and_the_next_one_works(
 
 def test_replies_that_are_late_are_told_from_those_asked_for(world: World, tmp_path: Path) -> None:
     """A worker is held up for longer than vLLM's RPC may take. vLLM then gives out each of its later replies
-    one call late, and only another engine process helps: so no update may be said to have worked.
-    The test before the last of a world."""
+    one call late, and only another engine process helps: so no update may be said to have worked."""
     world.fleet.commit(world.server, world.paths["a"])
     fifo = _fifo(tmp_path)
     world.server.rpc("test_fault", "run", 2, world.size - 1, str(fifo))
@@ -428,12 +482,13 @@ def test_replies_that_are_late_are_told_from_those_asked_for(world: World, tmp_p
 def test_an_engine_that_dies_ends_the_update(world: World, tmp_path: Path) -> None:
     """The last test of a world."""
     fifo = _fifo(tmp_path)
+    pid = int(world.server.rpc("test_pid")[-1])
     world.server.rpc("test_fault", "run", 2, world.size - 1, str(fifo))
     world.fleet.start_update(world.server, world.paths["a"])
     assert fifo.read_text() == "here"
     with ThreadPoolExecutor(1) as pool:
         results = pool.submit(world.fleet.results)
-        os.kill(world.pids[world.size - 1], signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         for result in results.result(PROMPT_SECONDS):
             assert result["type"] in ("PeerLost", "UpdateError")
 

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.engines.vllm.engines import Checkpoints, OfflineEngine
+from tests.engines.vllm.engines import Answers, Checkpoints, OfflineEngine
+from tests.engines.vllm.quantised import LIMITS, quantise, skipping_without_kernel
 from tests.engines.vllm.servers import Fleet
 
 pytestmark = pytest.mark.timeout(600)
+
+
+def loads_and_updates_are_alike(
+    engine: OfflineEngine,
+    paths: dict[str, Path],
+    fleet: Fleet,
+    **options: Any,  # noqa: ANN401 - LLM's arguments
+) -> dict[str, Answers]:
+    """Each version is loaded from disk once; the engine that loaded the last one is updated from there on."""
+    expected = {}
+    for version, path in paths.items():
+        engine.start(path, tensor_parallel_size=2, **options)
+        expected[version] = engine.answers()
+    assert expected["a"].generated != expected["b"].generated
+    for version in "abab":
+        fleet.start_update(None, paths[version], tells=True)
+        statuses = engine.rpc("update_weights_from_ipc", fleet.handles())
+        fleet.go_on()
+        assert [status["outcome"] for status in statuses] == ["committed"] * 2, statuses
+        assert ["report" in result for result in fleet.results()] == [True] * 2
+        assert engine.answers() == expected[version]
+    return expected
 
 
 @pytest.mark.parametrize("architecture", ["llama", "moe", "tied"])
@@ -17,17 +41,25 @@ def test_they_answer_as_if_loaded_from_disk_update_after_update(
     offline: OfflineEngine, checkpoints: Checkpoints, tmp_path: Path, architecture: str
 ) -> None:
     paths = {version: checkpoints(architecture, version) for version in "ab"}
-    expected = {version: offline.from_disk(path, 2) for version, path in paths.items()}
-    assert expected["a"].generated != expected["b"].generated
-    offline.start(paths["a"], load_format="dummy", tensor_parallel_size=2)
     fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB="0.05")
     try:
-        for version in "aba":
-            fleet.start_update(None, paths[version], tells=True)
-            statuses = offline.rpc("update_weights_from_ipc", fleet.handles())
-            fleet.go_on()
-            assert [status["outcome"] for status in statuses] == ["committed"] * 2, statuses
-            assert ["report" in result for result in fleet.results()] == [True] * 2
-            assert offline.answers() == expected[version]
+        loads_and_updates_are_alike(offline, paths, fleet)
+    finally:
+        fleet.close()
+
+
+@pytest.mark.parametrize("layout", ["fp8-block", "ct-int4"])
+def test_they_have_their_shards_of_a_quantised_checkpoint(
+    offline: OfflineEngine, checkpoints: Checkpoints, tmp_path: Path, layout: str
+) -> None:
+    """Fused groups and their scales lie in several buckets."""
+    paths = {version: tmp_path / version for version in "ab"}
+    for version, path in paths.items():
+        quantise(checkpoints("wider", version), path, layout)
+    fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB=str(9000 / 2**20))
+    try:
+        with skipping_without_kernel():
+            first, second = loads_and_updates_are_alike(offline, paths, fleet, **LIMITS)["a"].digests
+        assert first != second
     finally:
         fleet.close()

@@ -78,6 +78,12 @@ def in_two_files(source: Path, directory: Path) -> Path:
     return directory
 
 
+@pytest.fixture(autouse=True)
+def ready(served: Served) -> None:
+    """Before each test."""
+    served.server.make_ready()
+
+
 @contextmanager
 def staying(served: Served, *options: str) -> Iterator[None]:
     """Parameter servers that have updated the engine and stay."""
