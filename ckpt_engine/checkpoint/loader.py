@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -26,6 +25,7 @@ from ckpt_engine.checkpoint.progress import Meter, Progress
 from ckpt_engine.checkpoint.sources import FileSource, Source, collect_sources
 from ckpt_engine.checkpoint.strided_reads import file_pieces, replica_checks
 from ckpt_engine.checkpoint.tensor_copies import copy_tasks, cut_copies, wait_for_producers
+from ckpt_engine.errors import clear_frames
 from ckpt_engine.host_memory import HostMemoryPinner
 
 logger = logging.getLogger(__name__)
@@ -210,8 +210,8 @@ def _run_all(tasks: Sequence[Callable[[], None]], threads: int) -> None:
             task()
         except BaseException as error:
             failed = True
-            # Its frames hold views, which would keep the memory for as long as someone keeps the error.
-            traceback.clear_frames(error.__traceback__)
+            # Its frames, and its cause's, hold views, which would keep the memory for as long as it is kept.
+            clear_frames(error)
             raise
         finally:
             with idle:

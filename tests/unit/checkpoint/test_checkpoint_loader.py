@@ -293,6 +293,25 @@ def test_truncated_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not open_files() & {str(file) for file in files}
 
 
+def test_a_disk_that_fails_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arenas: Arenas
+) -> None:
+    """The kernel says EIO, as of a bad sector: nothing is kept, though the error has a cause with frames."""
+    save_file({"w": torch.zeros(5000)}, tmp_path / "a")
+    real = os.preadv
+
+    def preadv(descriptor: int, targets: list[memoryview], offset: int) -> int:
+        with open("/proc/self/mem", "rb") as nothing:  # whose first page cannot be read
+            return real(nothing.fileno(), targets, 0)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(CheckpointError, match=r"a cannot be read at byte .*: Input/output error") as caught:
+        load("c", [tmp_path / "a"])
+    assert caught.value.__cause__ is not None
+    assert arenas[0]() is None
+    assert str(tmp_path / "a") not in open_files()
+
+
 def test_removed_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arenas: Arenas) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "a")
     real = sources.read_header_unless_empty
