@@ -20,7 +20,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help system demo test test-faults test-multihost fuzz audit test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
+.PHONY: help system promtool demo test test-faults test-multihost fuzz audit test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -28,6 +28,10 @@ help:  ## Lists the targets
 system:  ## Installs, as root on Debian or Ubuntu, what P2P's tests need of the system
 	apt-get -qq update
 	apt-get -qq install -y --no-install-recommends libibverbs1 libnuma1 iproute2 >/dev/null
+
+promtool:  ## Installs, as root on Debian or Ubuntu, promtool, which checks the alerts in deploy/; not the daemon it comes with
+	@unpacked=$$(mktemp -d) && cd $$unpacked && apt-get -qq download prometheus && dpkg-deb -x prometheus_*.deb . && \
+	  install usr/bin/promtool /usr/local/bin && rm -r $$unpacked
 
 demo: $(if $(filter vllm,$(ENGINE)),.venv-vllm/.stamp,$(STAMP))  ## Updates two engine processes from a checkpoint on disk, and verifies every byte
 	@$(if $(filter vllm,$(ENGINE)),.venv-vllm/bin,$(BIN))/ckpt-engine demo --engine $(ENGINE) $(ARGS)
