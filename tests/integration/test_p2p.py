@@ -12,7 +12,7 @@ import pytest
 
 from tests.integration.conftest import free_port
 from tests.support.checkpoints import digests_of
-from tests.support.joins import Launch, everybody, launcher, metas_of, register
+from tests.support.joins import Launch, everybody, launcher, load, metas_of, owners_with, register, verifies
 from tests.support.mooncake import need_mooncake
 from tests.support.steered import Fleet, Steered
 
@@ -69,6 +69,14 @@ def test_another_fleet_joins(launch: Launch, size: int, hosts: int) -> None:
     update(owners, everybody(owners), SEED)
     (content,) = {answer["content"] for answer in answers.values()}
     assert {answer["content"] for answer in update(owners, [0], SEED).values()} == {content}
+
+
+@pytest.mark.parametrize("verify", ["transport", "full"])
+def test_what_is_read_is_verified(launch: Launch, verify: str) -> None:
+    owners, metas = owners_with(launch, 2, seed=SEED, CKPT_ENGINE_VERIFY=verify)
+    joiners = launch(2, CKPT_ENGINE_VERIFY=verify)
+    load(joiners, metas)
+    verifies(owners, joiners, SEED, 60.0)
 
 
 def test_some_ranks_are_updated_while_the_others_do_not_call(launch: Launch) -> None:

@@ -24,6 +24,7 @@ from tests.support.joins import (
     load,
     owners_with,
     register,
+    verifies,
 )
 from tests.support.steered import Fleet
 from tests.support.traces import check_committed, updates_in
@@ -84,6 +85,14 @@ def test_two_fleets_join_at_once(launch: Launch) -> None:
         assert sum(answer["p2p_nbytes"] for answer in answers.values()) == NBYTES
         assert {answer["transport"] for answer in answers.values() if answer["p2p_nbytes"]} == {"tcp"}
     in_place(owners, SEED)
+
+
+def test_what_comes_from_other_hosts_is_verified(launch: Launch) -> None:
+    """The digests come with the metas, and each joiner's workers compare."""
+    owners, metas = owners_with(launch, 2, 2, 0, seed=SEED, CKPT_ENGINE_VERIFY="transport")
+    joiners = launch(2, 1, 2, CKPT_ENGINE_VERIFY="transport")
+    load(joiners, metas)
+    verifies(owners, joiners, SEED, REPORT_SECONDS)
 
 
 def test_over_ipv6_with_addresses_that_routes_tell(launch: Launch) -> None:

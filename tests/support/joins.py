@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.checkpoints import digests_of
+from tests.support.checkpoints import LAYERS, digests_of
 from tests.support.steered import Answer, Engines, Fleet, nothing
 from tests.support.stopped import wait_until_stopped
 
@@ -123,3 +123,27 @@ def failed(fleet: Fleet, seconds: float) -> dict[str, Any]:
     for rank in everybody(fleet):
         assert fleet.worker(rank).answer()["status"]["outcome"] == "failed"
     return dict(records[0])
+
+
+def verifies(owners: Fleet, joiners: Fleet, seed: int, seconds: float) -> None:
+    """Joiners, which have the owners' metas, compare what comes with its digests (all of them have
+    CKPT_ENGINE_VERIFY): all of it is right; a bit that flips in an owner's memory is found by all, and its
+    tensor named; once it has flipped back all is right again."""
+    answers = joiners.ask("update", everybody(joiners), name="a", ranks=everybody(joiners))
+    assert {answer["message"] for answer in answers.values()} == {""}, answers
+    assert sum(answer["p2p_nbytes"] for answer in answers.values()) > 0
+    for rank in everybody(joiners):
+        report = joiners.worker(rank).answer()
+        assert report["status"]["verified"]["arrived"] == 2 * LAYERS, report["status"]
+        assert report["digests"] == digests_of("layers", seed)
+    last = owners.size - 1
+    flip: dict[str, Any] = {"name": "a", "buffer": 0, "number": 3, "byte": 17}
+    tensor = owners.ask("flip", [last], **flip)[last]["tensor"]
+    joiners.tell("update", everybody(joiners), name="a", ranks=everybody(joiners))
+    record = failed(joiners, seconds)
+    assert record["error_type"] == "CorruptionError", record
+    assert tensor in record["tensors"], record
+    assert f"tensor {tensor!r}" in record["message"]
+    assert "arrived with other bytes" in record["message"]
+    owners.ask("flip", [last], **flip)
+    in_place(joiners, seed)

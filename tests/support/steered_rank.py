@@ -6,6 +6,12 @@
 
 when its engine is to be asked, when a third of the bytes is loaded, or before it meets the others to restore.
 {"act": "unknown", "at": "decide"}: it cannot learn that the update was decided against.
+{"act": "clock", "at": "buckets", "by": s}: its wall clock jumps by s seconds.
+{"act": "lose" | "twice" | "late" | "close", "message": kind}: what becomes of the first such message to the
+worker, or to the control server (`steered_worker.Unreliable`).
+
+`register_files` may be told that reading fails once it has begun: "cut": the file is truncated there; "io":
+the kernel says EIO.
 
 `limit`, and `file_limit`: by how many bytes its address space may grow, and how large a file (and so a
 memfd) may get, while it does what it is told to.
@@ -30,21 +36,26 @@ import torch
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import ErrorRecord, OutcomeUnknown, UpdateError
+from ckpt_engine.ipc.sender import WorkerChannel
 from ckpt_engine.metadata import metas_from_json, metas_to_json
 from ckpt_engine.settings import Verify
 from ckpt_engine.termination import ends_in_order
+from ckpt_engine.transport.control import Control
 from tests.support.checkpoints import share_of
-from tests.support.steered_worker import limit_address_space, say
+from tests.support.steered_worker import Unreliable, jump, limit_address_space, say
 
 Fault = dict[str, Any] | None
 
 
-def act(what: str, where: str) -> None:
+def act(what: str, where: str, by: float = 0) -> None:
     say(event="fault", at=time.monotonic())
     if what == "raise":
         raise RuntimeError(f"injected in {where}")
     if what == "interrupt":
         raise KeyboardInterrupt
+    if what == "clock":
+        jump(by)
+        return
     if what == "terminate":
         os.kill(os.getpid(), signal.SIGTERM)
         return
@@ -70,6 +81,26 @@ class SteeredRankProcess:
         self.engine = engine
         self.asked = False
         self.error: BaseException | None = None
+        self.unreliable = Unreliable()
+        to_worker, to_ranks = WorkerChannel._send, Control.send
+
+        def send(channel: WorkerChannel, message: Any) -> None:  # noqa: ANN401
+            lifeline = next(line for line in channel._lifelines if line.identity == channel._identity)
+            self.unreliable.send(message, lambda one: to_worker(channel, one), lifeline.sock)
+
+        def tell(control: Control, message: Any) -> None:  # noqa: ANN401
+            self.unreliable.send(message, lambda one: to_ranks(control, one), control._sock)
+
+        WorkerChannel._send = send  # type: ignore[method-assign]
+        Control.send = tell  # type: ignore[method-assign]
+
+    @contextmanager
+    def as_it_was(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            jump(0)
+            self.unreliable.forget()
 
     def register(
         self,
@@ -79,7 +110,7 @@ class SteeredRankProcess:
         parts: list[int],
         of: int,
         limit: int | None = None,
-        digests: bool = False,
+        digests: bool | None = None,
     ) -> None:
         share = share_of(kind, seed, parts, of)
         with limited(limit, None):
@@ -92,8 +123,22 @@ class SteeredRankProcess:
         held.view(buffer, tensor.offset + byte, 1)[0] ^= 1
         return {"tensor": tensor.name}
 
-    def register_files(self, name: str, files: list[str]) -> None:
-        self.ps.register_checkpoint(name, files=files)
+    def register_files(self, name: str, files: list[str], reading: str = "") -> None:
+        real = os.preadv
+
+        def preadv(descriptor: int, targets: Any, offset: int) -> int:  # noqa: ANN401
+            say(event="fault", at=time.monotonic())
+            if reading == "cut":
+                os.truncate(files[-1], offset)
+                return real(descriptor, targets, offset)
+            with open("/proc/self/mem", "rb") as nothing:  # whose first page cannot be read
+                return real(nothing.fileno(), targets, 0)
+
+        os.preadv = preadv if reading else real
+        try:
+            self.ps.register_checkpoint(name, files=files)
+        finally:
+            os.preadv = real
 
     def unregister(self, name: str, force: bool = False) -> None:
         self.ps.unregister_checkpoint(name, force=force)
@@ -148,11 +193,13 @@ class SteeredRankProcess:
     ) -> dict[str, Any]:
         """`wait`: whether req_func waits for the engine's answer, or returns at once. `always`: the worker
         meets with its fault in the restore, too."""
-        faults, of_worker = [fault] if fault else [], worker_fault
+        faults, of_worker = [fault] if fault and "at" in fault else [], worker_fault
+        self.unreliable.fault = fault if fault and "message" in fault else {}
 
         def on_progress(done: int, total: int) -> None:
             if faults and faults[0]["at"] == "buckets" and done >= total // 3:
-                act(faults.pop()["act"], "on_progress")
+                fault = faults.pop()
+                act(fault["act"], "on_progress", fault.get("by", 0))
 
         def req_func(paths: list[tuple[str, str]]) -> None:
             nonlocal of_worker
@@ -172,7 +219,7 @@ class SteeredRankProcess:
             if status["outcome"] == "failed":
                 raise RuntimeError(f"the engine says: {status['error']}")
 
-        with limited(limit, file_limit), self.control_with(fault):
+        with limited(limit, file_limit), self.control_with(fault), self.as_it_was():
             report = self.ps.update(
                 name,
                 req_func,
