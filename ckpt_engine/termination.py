@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 @contextmanager
 def ends_in_order() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """SIGTERM raises SystemExit meanwhile, so that what is open is closed; but what runs in the context that
-    is given out comes to its end first. In other threads than the main one nothing is changed."""
+    is given out comes to its end first. A second one changes nothing: it would break off the closing. In
+    other threads than the main one nothing is changed."""
     if threading.current_thread() is not threading.main_thread():
         yield nullcontext
         return
@@ -19,6 +20,8 @@ def ends_in_order() -> Iterator[Callable[[], AbstractContextManager[None]]]:
 
     def end(signum: int, frame: object) -> None:
         nonlocal told
+        if told:
+            return
         told = True
         if not held:
             raise SystemExit(128 + signum)

@@ -75,11 +75,21 @@ class SocketDirectory:
         return str(self.path / "peer")
 
     def publish(self, port: int) -> None:
-        """From now on this user's other processes find this directory at `published_directory`."""
-        link = self.path / "published"
+        """From now on this user's other processes find this directory at `published_directory`.
+
+        Raises:
+            ConfigError: they find another one there, whose owner lives.
+        """
+        link, place = self.path / "published", published_directory(self.base, port)
         link.symlink_to(self.path.name)
         with locked(self.base):
-            self._published = link.rename(published_directory(self.base, port))
+            if is_held(place):
+                raise ConfigError(
+                    f"{place} is taken: another job's rank 0, of this user on this host, meets its ranks at "
+                    f"port {port} (MASTER_PORT + 1, or master_port): give each job a MASTER_PORT of its own, "
+                    "or a CKPT_ENGINE_SOCKET_DIR"
+                )
+            self._published = link.rename(place)
 
     def close(self) -> None:
         """Removes the directory. Idempotent."""
@@ -95,6 +105,21 @@ class SocketDirectory:
 
 def published_directory(base: Path, port: int) -> Path:
     return base / f"control-{port}"
+
+
+def is_held(directory: Path) -> bool:
+    """Whether a parameter server that lives owns this directory."""
+    try:
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 @contextlib.contextmanager

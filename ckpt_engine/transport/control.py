@@ -38,7 +38,7 @@ from ckpt_engine.transport import control_messages as messages
 from ckpt_engine.transport.bootstrap import MeetingPoint
 from ckpt_engine.transport.control_messages import Verdict
 from ckpt_engine.transport.control_server import BEAT_SECONDS, ControlServer
-from ckpt_engine.transport.framing import FrameBuffer, receive
+from ckpt_engine.transport.framing import LENGTH, FrameBuffer, receive
 
 __all__ = ["Control", "Round", "Verdict", "error_of"]
 
@@ -132,14 +132,9 @@ class Control:
     def _join(self, deadline: Deadline) -> socket.socket:
         sock, token = self._connect(deadline)
         try:
-            join = messages.Join(messages.CONTROL_PROTOCOL, token, self.rank, os.getpid())
+            join = messages.Join(messages.CONTROL_PROTOCOL, token, self.rank, os.getpid(), self.world_size)
             sock.sendall(messages.encode_frame(join))
-            welcome = messages.encode_frame(messages.Welcome())
-            if receive(sock, len(welcome)) != welcome:
-                raise ConnectionError(
-                    "the control server refused this rank: another process has its number, or is of another "
-                    "version of ckpt-engine"
-                )
+            _welcomed(sock)
         except BaseException:
             sock.close()
             raise
@@ -281,6 +276,23 @@ class Control:
             self._news.notify_all()
 
 
+def _welcomed(sock: socket.socket) -> None:
+    """Reads the control server's first words. Raises ConnectionError: it refuses this rank."""
+    head = receive(sock, LENGTH.size)
+    nbytes = LENGTH.unpack(head)[0] if len(head) == LENGTH.size else 0
+    try:
+        answer = messages.decode_server_frame(receive(sock, min(nbytes, messages.MAX_JOIN_NBYTES)))
+    except ProtocolError:
+        answer = None
+    if isinstance(answer, messages.Refused):
+        raise ConnectionError(f"the control server refused this rank: {answer.reason}")
+    if not isinstance(answer, messages.Welcome):
+        raise ConnectionError(
+            "the control server refused this rank: another process has its number, or is of another "
+            "version of ckpt-engine"
+        )
+
+
 def _connect_to(path: Path, deadline: Deadline) -> socket.socket:
     """Connects to a Unix socket, once it is there. Raises OSError: it is not, at the deadline."""
     while True:
@@ -289,8 +301,8 @@ def _connect_to(path: Path, deadline: Deadline) -> socket.socket:
             sock.settimeout(max(0.001, deadline.remaining))
             sock.connect(str(path))
             return sock
-        except (FileNotFoundError, ConnectionRefusedError):
-            # Rank 0 has not come yet, or what is there is of a dead one.
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
+            # Rank 0 has not come yet, what is there is of a dead one, or too many knock at once.
             sock.close()
             if deadline.passed:
                 raise

@@ -2,7 +2,7 @@
 
     rank                               control server (in rank 0's process)
       Join(token)                  ->
-                                   <-  Welcome
+                                   <-  Welcome, or Refused(why)
       Enter(call, what it brings)  ->
                                    <-  Entered(call, round)
                                    <-  Met(round, what all brought)
@@ -26,7 +26,7 @@ import msgspec
 from ckpt_engine.errors import ErrorRecord
 from ckpt_engine.transport.framing import Message, decode, encode
 
-CONTROL_PROTOCOL = 3
+CONTROL_PROTOCOL = 4
 MAX_FRAME_NBYTES = 1024**3
 """Largest frame: what all ranks bring to a gather of a large checkpoint on thousands of ranks."""
 MAX_JOIN_NBYTES = 1024
@@ -51,6 +51,7 @@ class Join(Message, frozen=True):
     token: str
     rank: int
     pid: int
+    world_size: int = 0
 
 
 class Enter(Message, frozen=True):
@@ -100,6 +101,12 @@ class Welcome(Message, frozen=True):
     pass
 
 
+class Refused(Message, frozen=True):
+    """To who has shown the token, and cannot be let in."""
+
+    reason: str
+
+
 class Entered(Message, frozen=True):
     """The call belongs to this round. Numbers grow, over rounds of any members."""
 
@@ -121,7 +128,7 @@ class Decided(Message, frozen=True):
 
 
 RankFrame = Join | Enter | Vote | Abandon | Left | Mistake | Beat | Goodbye
-ServerFrame = Welcome | Entered | Met | Decided | Beat
+ServerFrame = Welcome | Refused | Entered | Met | Decided | Beat
 
 _RANK_DECODER: msgspec.msgpack.Decoder[RankFrame] = msgspec.msgpack.Decoder(RankFrame)
 _SERVER_DECODER: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(ServerFrame)

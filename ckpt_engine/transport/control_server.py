@@ -234,6 +234,13 @@ class ControlServer:
     def _join(self, client: _Client, join: messages.Join) -> None:
         if not hmac.compare_digest(join.token.encode(), self._token.encode()):
             raise ProtocolError("a connection with another token")
+        if join.protocol == messages.CONTROL_PROTOCOL and join.world_size != self._world_size:
+            reason = (
+                f"rank 0 there has a world of {self._world_size} ranks, this rank {join.rank} one of "
+                f"{join.world_size}: give each job a MASTER_PORT of its own, and all its ranks one WORLD_SIZE"
+            )
+            self._send(client, messages.Refused(reason))
+            raise ProtocolError(f"rank {join.rank} of another world (pid {join.pid}): {reason}")
         if join.protocol != messages.CONTROL_PROTOCOL or not 0 <= join.rank < self._world_size:
             raise ProtocolError(f"rank {join.rank} of another world or version (pid {join.pid})")
         if join.rank in self._clients or join.rank in self._rounds.lost:

@@ -50,7 +50,7 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], list[Any]]] = {
     "ranks' control messages": (
         control.decode_rank_frame,
         [
-            control.Join(2, "t", 0, 1),
+            control.Join(2, "t", 0, 1, 2),
             control.Enter(1, (0, 1), "p", b"x", False, True),
             control.Vote(1, "v"),
             control.Abandon(1, (0,), "p", RECORD),

@@ -188,7 +188,7 @@ def test_a_second_rank_of_the_same_number_is_refused(pair: Fleet) -> None:
 
 
 def join(rank: int, token: str) -> bytes:
-    return messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, token, rank, 1))
+    return messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, token, rank, 1, 3))
 
 
 @pytest.mark.parametrize(

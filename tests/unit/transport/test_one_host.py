@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import socket
 import threading
@@ -18,7 +20,7 @@ from ckpt_engine.settings import Settings
 from ckpt_engine.transport import control_messages as messages
 from ckpt_engine.transport import control_server
 from ckpt_engine.transport.bootstrap import own_store
-from ckpt_engine.transport.control import Control
+from ckpt_engine.transport.control import Control, _connect_to
 from ckpt_engine.transport.control_server import ControlServer
 from ckpt_engine.transport.framing import LENGTH
 
@@ -131,11 +133,56 @@ def test_a_link_that_leads_nowhere_is_swept(base: Path) -> None:
 def test_another_s_link_is_not_removed(base: Path) -> None:
     first, second = SocketDirectory(base), SocketDirectory(base)
     first.publish(PORT)
+    fcntl.flock(first._lock, fcntl.LOCK_UN)
     second.publish(PORT)
     first.close()
     assert os.readlink(published_directory(base, PORT)) == second.path.name
     second.close()
     assert list(base.iterdir()) == []
+
+
+def test_a_second_job_does_not_take_the_place_of_one_that_lives(base: Path, ranks: Ranks) -> None:
+    first = ranks.join(0)
+    with pytest.raises(ConfigError, match=rf"control-{PORT} is taken.* MASTER_PORT of its own"):
+        ranks.join(0)
+    late = ranks.join(1)  # of the first job: it finds its own rank 0
+    assert (first.lost, late.lost) == (None, None)
+    assert first._server is not None
+    assert sorted(first._server._clients) == [0, 1]
+
+
+def test_a_rank_of_a_world_of_another_size_is_refused_with_both_sizes(base: Path, ranks: Ranks) -> None:
+    ranks.join(0)
+    ranks.size = 3
+    with pytest.raises(ConfigError, match=r"a world of 2 ranks, this rank 2 one of 3"):
+        ranks.join(2)
+    with pytest.raises(ConfigError, match=r"a world of 2 ranks, this rank 1 one of 3"):
+        ranks.join(1)
+
+
+def test_a_rank_waits_where_too_many_knock_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "door"
+    crowd: list[socket.socket] = []
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                crowd.append(socket.socket(socket.AF_UNIX))
+                crowd[-1].setblocking(False)
+                crowd[-1].connect(str(path))
+        with pytest.raises(BlockingIOError):
+            _connect_to(path, Deadline.after(0.1))
+        late: list[socket.socket] = []
+        thread = threading.Thread(target=lambda: late.append(_connect_to(path, Deadline.after(LIMIT))))
+        thread.start()
+        listener.settimeout(0.05)
+        while thread.is_alive():
+            with contextlib.suppress(TimeoutError):
+                listener.accept()[0].close()
+    assert len(late) == 1  # else the thread has raised
+    for sock in (*crowd, *late):
+        sock.close()
 
 
 def test_rank_0_that_does_not_come(ranks: Ranks) -> None:
@@ -165,7 +212,7 @@ def connect(server: ControlServer) -> socket.socket:
 
 def join(server: ControlServer, rank: int, token: str = "token") -> socket.socket:
     sock = connect(server)
-    sock.sendall(messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, token, rank, 1)))
+    sock.sendall(messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, token, rank, 1, 2)))
     return sock
 
 
@@ -222,9 +269,9 @@ def test_without_descriptors_it_waits_and_goes_on(
         messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "tokem", 1, 1)),
         messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "", 1, 1)),
         messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "tökén", 1, 1)),
-        messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "token", 0, 1)),
-        messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "token", -1, 1)),
-        messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "token", 2, 1)),
+        messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "token", 0, 1, 2)),
+        messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "token", -1, 1, 2)),
+        messages.encode_frame(messages.Join(messages.CONTROL_PROTOCOL, "token", 2, 1, 2)),
         messages.encode_frame(messages.Join(0, "token", 1, 1)),
     ],
 )
