@@ -109,9 +109,9 @@ class SglangServer:
         """
         deadline = time.monotonic() + timeout
         pause = 0.05
-        while not self.is_ready():
+        while (reason := self._not_ready()) is not None:
             if time.monotonic() > deadline:
-                raise EngineRequestError(f"{self._where()} did not get ready within {timeout:g} s")
+                raise EngineRequestError(f"{self._where()} did not get ready within {timeout:g} s: {reason}")
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(1.0, 2 * pause)
 
@@ -120,26 +120,23 @@ class SglangServer:
 
         SGLang 0.5.23 tells by /ping, which is always 200 in older versions. There /health is 503 at once
         while a server starts; one that has started generates a token for it, which takes long where requests
-        are paused.
-
-        Raises:
-            EngineRequestError: the server cannot be asked.
+        are paused. One that cannot be asked is not ready: it may be starting its HTTP processes again.
         """
-        began = time.monotonic()
+        return self._not_ready() is None
+
+    def _not_ready(self) -> str | None:
+        """Why the server is not ready; None: it is."""
         try:
             if self._send("GET", "/ping", _PROBE_SECONDS).status == HTTP_UNAVAILABLE:
-                return False
-        except EngineRequestError:
-            if time.monotonic() - began < _PROBE_SECONDS:
-                raise
-            return False  # too busy to say so, as on a loaded host while it warms up
+                return f"/ping is {HTTP_UNAVAILABLE}"
+        except EngineRequestError as error:
+            return str(error)  # or too busy to say so, as on a loaded host while it warms up
         began = time.monotonic()
         try:
-            return self._send("GET", "/health", _HEALTH_SECONDS).status != HTTP_UNAVAILABLE
-        except EngineRequestError:
-            if time.monotonic() - began < _HEALTH_SECONDS:
-                raise
-            return True
+            status = self._send("GET", "/health", _HEALTH_SECONDS).status
+            return f"/health is {status}" if status == HTTP_UNAVAILABLE else None
+        except EngineRequestError as error:
+            return str(error) if time.monotonic() - began < _HEALTH_SECONDS else None
 
     def weight_version(self) -> str:
         """What its answers carry; `default` before the first update."""

@@ -30,6 +30,11 @@ INFO = {
 }
 
 
+class QuietServer(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Drops the connection without a word: a route that raises has no answer."""
+
+
 class FakeServer:
     """`routes`: "METHOD /path" -> what it answers, or a function of the request's body that tells."""
 
@@ -58,7 +63,7 @@ class FakeServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = QuietServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
 
@@ -217,8 +222,22 @@ def test_a_server_that_is_too_busy_to_say_is_asked_again(
     finally:
         release.set()
     assert [route for route, _ in fake.sent][:2] == ["GET /ping", "GET /ping"]
-    with pytest.raises(EngineRequestError, match="could not be asked"):
-        SglangServer("http://127.0.0.1:9").wait_until_ready(10)
+    with pytest.raises(EngineRequestError, match=r"not get ready within 0\.3 s: .*could not be asked"):
+        SglangServer("http://127.0.0.1:9").wait_until_ready(0.3)
+
+
+@pytest.mark.parametrize("route", ["GET /ping", "GET /health"])
+def test_a_connection_that_is_reset_is_only_not_ready(fake: FakeServer, route: str) -> None:
+    def reset_once(_: object) -> tuple[int, dict[str, str]]:
+        if [each for each, _ in fake.sent].count(route) == 1:
+            raise ConnectionResetError
+        return 200, {}
+
+    fake.routes.update({"GET /ping": (200, {}), "GET /health": (200, {}), route: reset_once})
+    SglangServer(fake.url).wait_until_ready(60)
+    assert [each for each, _ in fake.sent].count(route) == 2
+    fake.sent.clear()
+    assert not SglangServer(fake.url).is_ready()
 
 
 def checksums(*ranks: dict[str, str]) -> dict[str, Any]:
