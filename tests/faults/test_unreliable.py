@@ -1,5 +1,5 @@
-"""Disks that fail while they are read, a slot that changes, and clocks that jump. Ranks and workers are real
-processes."""
+"""Disks that fail while they are read, a slot that changes, clocks that jump, and messages that are lost,
+come twice or late, or end their connection. Ranks and workers are real processes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from reports_for_fault_tests import MISTAKE_SECONDS
+from reports_for_fault_tests import MISTAKE_SECONDS, STOPPED_SECONDS
 from safetensors.torch import save_file
 from world_for_fault_tests import World, Worlds, failed_alike
+
+from tests.support.steered import Answer
 
 HOUR = 3600.0
 BUCKET = 9
@@ -99,3 +101,50 @@ def test_a_clock_that_jumps_changes_nothing(world: World, by: float) -> None:
     seconds = max(answer["ended"] for answer in answers.values()) - workers[1].happened("fault")
     world.reports.add(f"a clock jumps by {by / HOUR:+g} h: {world.name}", seconds, MISTAKE_SECONDS)
     works(world, world.new_checkpoint())
+
+
+# Messages
+
+WORKER = ("Hello", "Ready", "BucketDone", "Released", "Finished", "Goodbye")
+SERVER = ("Begin", "BucketReady", "Finish", "Freed")
+ACTS = ("lose", "twice", "late", "close")
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("kind", WORKER)
+def test_what_a_worker_says(world: World, act: str, kind: str) -> None:
+    one_outcome(world, {}, {1: {"act": act, "message": kind}}, f"{kind} of a worker: {act}")
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("kind", SERVER)
+def test_what_a_worker_is_told(world: World, act: str, kind: str) -> None:
+    one_outcome(world, {1: {"act": act, "message": kind}}, {}, f"{kind} to a worker: {act}")
+
+
+def one_outcome(world: World, ranks: dict[int, Any], workers: dict[int, Any], fault: str) -> None:
+    """Within its bound all ranks say the same: it is committed, or why it is not, and the next one works."""
+    seed = world.new_checkpoint()
+    victims = [world.fleet.ranks[rank] for rank in ranks] + [world.fleet.worker(rank) for rank in workers]
+    world.start(ranks, workers)
+    answers: dict[int, Answer] = world.fleet.answers(world.alive, STOPPED_SECONDS)
+    when = victims[0].happened("fault")
+    reports = {
+        rank: world.fleet.worker(rank).answer(STOPPED_SECONDS)
+        for rank in world.alive
+        if answers[rank]["asked"]
+    }
+    last = max(one["ended"] for one in [*answers.values(), *reports.values()])
+    world.reports.add(f"{fault}: {world.name}", max(0.0, last - when), STOPPED_SECONDS)
+    errors = {answer["error"] for answer in answers.values()}
+    if errors == {None}:
+        assert len({answer["version"] for answer in answers.values()}) == 1, answers
+        for report in reports.values():
+            # A worker that could not learn of the commit does not say that it has the version.
+            assert report["status"]["outcome"] in ("committed", "failed", "unknown"), report["status"]
+    else:
+        assert None not in errors, answers
+        failed_alike(answers)
+        for report in reports.values():
+            assert report["status"]["outcome"] != "committed", report["status"]
+    works(world, world.new_checkpoint() if errors == {None} else seed)

@@ -81,15 +81,15 @@ class SteeredRankProcess:
         self.engine = engine
         self.asked = False
         self.error: BaseException | None = None
-        self.unreliable = Unreliable()
+        self.to_worker, self.to_ranks = Unreliable(), Unreliable()  # of threads of their own
         to_worker, to_ranks = WorkerChannel._send, Control.send
 
         def send(channel: WorkerChannel, message: Any) -> None:  # noqa: ANN401
             lifeline = next(line for line in channel._lifelines if line.identity == channel._identity)
-            self.unreliable.send(message, lambda one: to_worker(channel, one), lifeline.sock)
+            self.to_worker.send(message, lambda one: to_worker(channel, one), lifeline.sock)
 
         def tell(control: Control, message: Any) -> None:  # noqa: ANN401
-            self.unreliable.send(message, lambda one: to_ranks(control, one), control._sock)
+            self.to_ranks.send(message, lambda one: to_ranks(control, one), control._sock)
 
         WorkerChannel._send = send  # type: ignore[method-assign]
         Control.send = tell  # type: ignore[method-assign]
@@ -100,7 +100,8 @@ class SteeredRankProcess:
             yield
         finally:
             jump(0)
-            self.unreliable.forget()
+            self.to_worker.forget()
+            self.to_ranks.forget()
 
     def register(
         self,
@@ -194,7 +195,8 @@ class SteeredRankProcess:
         """`wait`: whether req_func waits for the engine's answer, or returns at once. `always`: the worker
         meets with its fault in the restore, too."""
         faults, of_worker = [fault] if fault and "at" in fault else [], worker_fault
-        self.unreliable.fault = fault if fault and "message" in fault else {}
+        for one in (self.to_worker, self.to_ranks):
+            one.fault = fault if fault and "message" in fault else {}
 
         def on_progress(done: int, total: int) -> None:
             if faults and faults[0]["at"] == "buckets" and done >= total // 3:
