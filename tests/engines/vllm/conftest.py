@@ -33,6 +33,7 @@ collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 if importlib.util.find_spec("vllm"):
     from tests.engines.vllm.engines import RUNTIME, Checkpoints, OfflineEngine
 
+    @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
     def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         """What shares an engine stays together, in its order, where several processes run the tests."""
         for item in items:

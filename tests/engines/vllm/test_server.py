@@ -22,6 +22,7 @@ from tests.engines.vllm.engines import RUNTIME, Answers, Checkpoints, OfflineEng
 from tests.engines.vllm.servers import Fleet, Server
 from tests.integration.conftest import torchrun
 
+pytestmark = pytest.mark.timeout(600)
 TOKENS, STEP_SECONDS = 200, 0.025
 """Of a long answer: seconds, in which an update takes a part of one."""
 ATTEMPTS = 3
