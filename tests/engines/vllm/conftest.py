@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,8 +25,8 @@ LONGEST_FIRST = (
     "tying",
 )
 """So that none is left to one of several processes alone at the end."""
-SHARING = {"world", "model", "served", "heads"}
-"""Fixtures of a module that are, or start, an engine."""
+SHARING = {"test_server": True, "test_offline": True, "test_tying": False, "test_update_example": False}
+"""Modules whose tests share engines that a fixture starts: one for each of its parameters, or one in all."""
 SHARED_MEMORY = "/dev/shm"
 OTHERS = ("psm_", "sem.", "torch_", "__KMP", "vllm_dist_", "sgl", "fake-npu")
 """Names there of what vLLM (and SGLang) make, Python's shared memory, torch, OpenMP, and of other tests."""
@@ -33,17 +35,26 @@ collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 if importlib.util.find_spec("vllm"):
     from tests.engines.vllm.engines import RUNTIME, Checkpoints, OfflineEngine
 
-    @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
     def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-        """What shares an engine stays together, in its order, where several processes run the tests."""
         for item in items:
             if item.path.is_relative_to(HERE):
                 item.add_marker("vllm")
-                if shared := SHARING.intersection(getattr(item, "fixturenames", ())):
-                    params = item.callspec.params if hasattr(item, "callspec") else {}
-                    of = [str(params[name]) for name in sorted(shared) if name in params]
-                    item.add_marker(pytest.mark.xdist_group("-".join([item.path.stem, *of])))
         items.sort(key=_place)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:  # noqa: ANN401 - xdist's
+        """What shares an engine stays in one of several processes, in its order."""
+        from xdist.scheduler import LoadScopeScheduling
+
+        class ByEngine(LoadScopeScheduling):
+            def _split_scope(self, nodeid: str) -> str:
+                file, _, test = nodeid.partition("::")
+                module = Path(file).stem
+                if module not in SHARING:
+                    return nodeid
+                return f"{module} {re.split(r'[][-]', test)[1]}" if SHARING[module] else module
+
+        return ByEngine(config, log)
 
     def _place(item: pytest.Item) -> int:
         name = item.path.stem.removeprefix("test_")
