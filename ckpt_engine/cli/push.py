@@ -51,12 +51,14 @@ class Split(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class InferenceGroup:
-    """Ranks [first, first + size), whose devices run one engine, and where that engine listens."""
+    """Ranks [first, first + size), whose devices run one engine, and where that engine listens. `count`: how
+    many groups there are."""
 
     first: int
     size: int
     endpoint: str
     uds: str | None
+    count: int = 1
 
     def part(self, socket_paths: SocketPaths) -> SocketPaths:
         """This group's handles, out of those of all ranks."""
@@ -90,6 +92,7 @@ def inference_group(
         size=size,
         endpoint=endpoints[group if len(endpoints) > 1 else 0].rstrip("/"),
         uds=uds.replace("{group}", str(group)) if uds else None,
+        count=groups,
     )
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckpt_engine.errors import EngineRequestError
 from ckpt_engine.server.engine_client import Answer, ask_engine
-from ckpt_engine_sglang.worker_update import OPTIONS_KEY
+from ckpt_engine_sglang.options import with_options
 
 _PROBE_SECONDS = 10.0
+_FIRST_PROBE_SECONDS = 2.0
+_TELL_SECONDS = 10.0
 _HEALTH_SECONDS = 3.0
 _INFO_SECONDS = 120.0
 """For what SGLang asks its schedulers, which answer between two steps."""
@@ -39,6 +41,22 @@ class ServerInfo:
     attention_replicas: int
     dummy: bool
     waits_for_weights: bool
+
+
+@dataclass(slots=True)
+class _Teller:
+    """Says what is waited for, at once and then every 10 s, with the last answer."""
+
+    what: str
+    timeout: float
+    tell: Callable[[str], object] | None
+    _told: float | None = None
+
+    def say(self, last: str) -> None:
+        now = time.monotonic()
+        if self.tell is not None and (self._told is None or now - self._told >= _TELL_SECONDS):
+            self._told = now
+            self.tell(f"waiting up to {self.timeout:g} s for {self.what}; last answer: {last}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,17 +99,18 @@ class SglangServer:
         Raises:
             EngineRequestError: not reached, refused, or not committed; with SGLang's own message.
         """
-        handles = dict(socket_paths)
-        if partial or ignored:
-            handles[OPTIONS_KEY] = json.dumps({"partial": partial, "ignored": list(ignored)})
+        handles = {uuid: with_options(handle, partial, ignored) for uuid, handle in socket_paths}
         body = {"zmq_handles": handles, "flush_cache": flush_cache, "weight_version": weight_version}
         answer = self._ask("POST", ("/update_weights_from_ipc",), timeout, body)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise EngineRequestError(f"{self._where()} did not update its weights: {answer!r}")
         return str(answer.get("message", ""))
 
-    def wait_until_serving(self, timeout: float) -> None:
+    def wait_until_serving(self, timeout: float, tell: Callable[[str], object] | None = None) -> None:
         """Until the server can be asked to update.
+
+        Args:
+            tell: called with what is waited for, and the last answer: at once, then every 10 s.
 
         Its answers to /health or /ping tell nothing here: a server that waits for its first weights is not
         healthy in some versions, and always healthy in others. One that tells its model is far enough.
@@ -99,19 +118,26 @@ class SglangServer:
         Raises:
             EngineRequestError: not after `timeout` seconds, or it refuses to tell.
         """
-        self._poll(_MODEL_INFO, timeout, "serve")
+        self._poll(_MODEL_INFO, timeout, _Teller(f"{self._where()} to serve", timeout, tell))
 
-    def wait_until_ready(self, timeout: float) -> None:
+    def wait_until_ready(self, timeout: float, tell: Callable[[str], object] | None = None) -> None:
         """Until `is_ready`: after its first weights a server warms up.
+
+        Args:
+            tell: as of `wait_until_serving`.
 
         Raises:
             EngineRequestError: not after `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
+        teller = _Teller(f"{self._where()} to get ready", timeout, tell)
         pause = 0.05
-        while (reason := self._not_ready()) is not None:
+        while (reason := self._unready()) is not None:
             if time.monotonic() > deadline:
-                raise EngineRequestError(f"{self._where()} did not get ready within {timeout:g} s: {reason}")
+                raise EngineRequestError(
+                    f"{self._where()} did not get ready within {timeout:g} s; last answer: {reason}"
+                )
+            teller.say(reason)
             time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
             pause = min(1.0, 2 * pause)
 
@@ -120,23 +146,24 @@ class SglangServer:
 
         SGLang 0.5.23 tells by /ping, which is always 200 in older versions. There /health is 503 at once
         while a server starts; one that has started generates a token for it, which takes long where requests
-        are paused. One that cannot be asked is not ready: it may be starting its HTTP processes again.
+        are paused. One that cannot be asked, or drops the connection, is not ready.
         """
-        return self._not_ready() is None
+        return self._unready() is None
 
-    def _not_ready(self) -> str | None:
-        """Why the server is not ready; None: it is."""
+    def _unready(self) -> str | None:
+        """Why it is not ready, as far as one can see; None: it is."""
         try:
-            if self._send("GET", "/ping", _PROBE_SECONDS).status == HTTP_UNAVAILABLE:
-                return f"/ping is {HTTP_UNAVAILABLE}"
+            answer = self._send("GET", "/ping", _PROBE_SECONDS)
         except EngineRequestError as error:
             return str(error)  # or too busy to say so, as on a loaded host while it warms up
+        if answer.status == HTTP_UNAVAILABLE:
+            return f"/ping: HTTP {answer.status}"
         began = time.monotonic()
         try:
-            status = self._send("GET", "/health", _HEALTH_SECONDS).status
-            return f"/health is {status}" if status == HTTP_UNAVAILABLE else None
+            answer = self._send("GET", "/health", _HEALTH_SECONDS)
         except EngineRequestError as error:
             return str(error) if time.monotonic() - began < _HEALTH_SECONDS else None
+        return f"/health: HTTP {answer.status}" if answer.status == HTTP_UNAVAILABLE else None
 
     def weight_version(self) -> str:
         """What its answers carry; `default` before the first update."""
@@ -171,16 +198,16 @@ class SglangServer:
 
     # Requests
 
-    def _poll(self, paths: Sequence[str], timeout: float, what: str) -> None:
+    def _poll(self, paths: Sequence[str], timeout: float, teller: _Teller) -> None:
         deadline = time.monotonic() + timeout
-        pause, last = 0.05, "it was not asked"
+        pause, last, patience = 0.05, "it was not asked", _FIRST_PROBE_SECONDS
         while (remaining := deadline - time.monotonic()) > 0:
             for path in paths:
                 try:
-                    answer = self._send("GET", path, min(remaining, _PROBE_SECONDS))
+                    answer = self._send("GET", path, min(remaining, patience))
                 except EngineRequestError as error:
                     # A look that our own deadline cut short tells less than the answer before it.
-                    if not (remaining < _PROBE_SECONDS and last.startswith("HTTP")):
+                    if not (remaining < patience and last.startswith("HTTP")):
                         last = str(error)
                     break
                 if answer.status == 200:
@@ -190,9 +217,10 @@ class SglangServer:
                 last = f"HTTP {answer.status}: {answer.text}"
                 if answer.status != 404:
                     break
+            teller.say(last)
             time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
-            pause = min(1.0, 2 * pause)
-        raise EngineRequestError(f"{self._where()} did not {what} within {timeout:g} s; last answer: {last}")
+            pause, patience = min(1.0, 2 * pause), _PROBE_SECONDS
+        raise EngineRequestError(f"{self._where()} did not serve within {timeout:g} s; last answer: {last}")
 
     def _ask(
         self, method: str, paths: Sequence[str], timeout: float, body: dict[str, Any] | None = None

@@ -9,7 +9,6 @@ one rank for each of the servers' ranks.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ckpt_engine.cli import Verbose
+from ckpt_engine.cli.files import check_can_be_written
 from ckpt_engine.cli.main import reported
-from ckpt_engine.cli.push import InferenceGroup, Split, UpdateMethod, Weights, push
+from ckpt_engine.cli.push import InferenceGroup, Split, UpdateMethod, Weights, push, share_of
 from ckpt_engine.cli.update import DEFAULT_ENDPOINT, not_negative, positive
 from ckpt_engine.errors import ConfigError
 
@@ -44,7 +44,9 @@ class SglangTarget:
         endpoints: of all inference groups.
         weight_version: what answers carry from then on.
         ready_timeout: seconds that a server may take to get ready after its first weights.
+        uds: Unix sockets of all groups' servers; {group} stands for a group's number.
         verify: compare the checksums of all groups' weights.
+        only_first: no other group's are updated.
         checksums_file: with `verify`: compare them with these, too; written when it is not there.
     """
 
@@ -57,7 +59,9 @@ class SglangTarget:
     partial: bool = False
     ignored: Sequence[str] = ()
     ready_timeout: float = 300.0
+    uds: str | None = None
     verify: bool = False
+    only_first: bool = False
     checksums_file: Path | None = None
     _served_dummy: bool = field(default=False, init=False)
 
@@ -69,7 +73,7 @@ class SglangTarget:
             ConfigError: its ranks are not those of the group.
         """
         server = self._server()
-        server.wait_until_serving(timeout)
+        server.wait_until_serving(timeout, _say)
         info = server.info()
         _check_fit(server.endpoint, info, self.group.size)
         self._served_dummy = info.dummy and server.weight_version() == _FIRST_VERSION and server.is_ready()
@@ -103,20 +107,31 @@ class SglangTarget:
                 "(120 s) has passed, SGLang is ready with them",
                 err=True,
             )
-        server.wait_until_ready(self.ready_timeout)
+        server.wait_until_ready(self.ready_timeout, _say)
         if self.verify and self.group.first == 0:
-            self._verify(server)
+            self._verify()
 
-    def _server(self, endpoint: str | None = None) -> SglangServer:
+    def _server(self, address: tuple[str, str | None] | None = None) -> SglangServer:
         from ckpt_engine_sglang.client import SglangServer
 
-        return SglangServer(endpoint or self.group.endpoint, self.group.uds, self.api_key, self.admin_api_key)
+        endpoint, uds = address or (self.group.endpoint, self.group.uds)
+        return SglangServer(endpoint, uds, self.api_key, self.admin_api_key)
 
-    def _verify(self, server: SglangServer) -> None:
+    def _verify(self) -> None:
         from ckpt_engine_sglang.verify import compare
 
-        others = [each for each in self.endpoints if each.rstrip("/") != server.endpoint.rstrip("/")]
-        typer.echo(compare([server, *map(self._server, others)], self.checksums_file, self.group.size))
+        count = 1 if self.only_first else self.group.count
+        endpoints = self.endpoints if len(self.endpoints) > 1 else [*self.endpoints] * count
+        addresses = dict.fromkeys(
+            (endpoint.rstrip("/"), self.uds.replace("{group}", str(group)) if self.uds else None)
+            for group, endpoint in enumerate(endpoints[:count])
+        )
+        servers = [self._server(address) for address in addresses]
+        typer.echo(compare(servers, self.checksums_file, self.group.size, count - len(servers)))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _check_fit(endpoint: str, info: ServerInfo, size: int) -> None:
@@ -307,6 +322,8 @@ def command(
         raise typer.BadParameter("is for --host: say which, or give --endpoint", param_hint="--port")
     if checksums_file is not None and not verify:
         raise typer.BadParameter("is for --verify", param_hint="--checksums-file")
+    if node_rank >= nnodes:
+        raise typer.BadParameter(f"{node_rank}: of {nnodes} hosts (--nnodes)", param_hint="--node-rank")
     if nnodes > 1 and master_addr is None:
         raise typer.BadParameter("say where host 0 is", param_hint="--master-addr")
     weights = Weights.chosen(
@@ -323,6 +340,13 @@ def command(
     if "RANK" not in os.environ:
         from ckpt_engine_sglang.client import SglangServer
 
+        # Before any wait, and in every rank's place.
+        if checkpoint_path is not None:
+            share_of(checkpoint_path, split, 0, 1)
+        if node_rank == 0:
+            check_can_be_written(save_metas_file, "--save-metas-file")
+            check_can_be_written(report_file, "--report-file")
+            check_can_be_written(checksums_file, "--checksums-file")
         size = inference_parallel_size or _ranks_of(
             SglangServer(endpoints[0], uds.replace("{group}", "0") if uds else None, api_key, admin_api_key),
             server_timeout,
@@ -342,7 +366,9 @@ def command(
             partial=partial,
             ignored=ignore or (),
             ready_timeout=ready_timeout,
+            uds=uds,
             verify=verify,
+            only_first=update_method is UpdateMethod.P2P and checkpoint_path is not None,
             checksums_file=checksums_file,
         ),
         weights,
@@ -372,7 +398,7 @@ def _read_key(path: Path | None, option: str, variable: str) -> str | None:
 
 def _ranks_of(server: SglangServer, timeout: float) -> int:
     """How many ranks the (first) server has."""
-    server.wait_until_serving(timeout)
+    server.wait_until_serving(timeout, _say)
     return server.info().worker_count
 
 
@@ -380,6 +406,8 @@ def _under_torchrun(
     ranks: int, size: int, nnodes: int, node_rank: int, master_addr: str | None, master_port: int
 ) -> int:
     """Runs this command again on each of this host's ranks; the exit status."""
+    from ckpt_engine_sglang.launch import run_in_place
+
     where = (
         ["--standalone"]
         if nnodes == 1
@@ -392,10 +420,7 @@ def _under_torchrun(
         *(sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node", str(ranks)),
         *("-m", MODULE, *sys.argv[1:], "--inference-parallel-size", str(size)),
     ]
-    try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
+    return run_in_place(command)
 
 
 app = typer.Typer(

@@ -19,17 +19,13 @@ from ckpt_engine.compat.checkpoint_engine import worker
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import Run
 from ckpt_engine.loading.completeness import Rules, check_complete, check_names
-from ckpt_engine.loading.rehearsal import NotRehearsable, WeightsMismatch, rehearse
+from ckpt_engine.loading.rehearsal import NotRehearsable, rehearse
 from ckpt_engine_sglang.leniency import passed_over
+from ckpt_engine_sglang.options import Options, parse_options, split_options
 
 __all__ = ["update_weights_from_ipc"]
 
 logger = logging.getLogger(__name__)
-
-_NO_OPTIONS = (
-    "This SGLang takes updates with its own handler, which passes on neither --ignore (`ignored`) nor "
-    "--partial (`partial`): send all of the model's tensors, and no others"
-)
 
 
 def update_weights_from_ipc(
@@ -46,21 +42,23 @@ def update_weights_from_ipc(
         run: the model's `load_weights`.
     """
     model = getattr(run, "__self__", None)
+    zmq_handle, text = split_options(zmq_handle)
 
     def prepare(tensors: Sequence[TensorLayout]) -> None:
+        options = parse_options(text)
         if isinstance(model, torch.nn.Module):
-            check(model, tensors)
+            check(model, tensors, options)
 
     worker.update_weights_from_ipc(
         zmq_ctx, zmq_handle, device_id, run=run, prepare=prepare, post_hook=post_hook
     )
 
 
-def check(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> None:
-    """Raises WeightsMismatch where the tensors are not the model's: all of them, and no others.
+def check(model: torch.nn.Module, tensors: Sequence[TensorLayout], options: Options | None = None) -> None:
+    """Raises WeightsMismatch where the tensors are not the model's: all of them, and no others, but for what
+    the options allow.
 
-    Layers that are quantised, and models that need values to load, are not checked. What an update says may
-    be left out (`partial`, `ignored`) does not get here: the refusal says so.
+    Layers that are quantised, and models that need values to load, are not checked.
     """
     methods = (type(getattr(module, "quant_method", None)).__name__ for module in model.modules())
     if any(name != "NoneType" and not name.startswith("Unquantized") for name in methods):
@@ -75,12 +73,15 @@ def check(model: torch.nn.Module, tensors: Sequence[TensorLayout]) -> None:
         return
     finally:
         torch.set_default_dtype(before)
+    options = options or Options()
     text = getattr(model, "config", None)
     # Other ranks may hold the layers and experts that this one passes over.
     tied = bool(getattr(text, "tie_word_embeddings", False))
-    rules = Rules(shares=True, passed_over=passed_over(tied=tied, shares=True))
-    try:
-        check_names(tensors, recording.taken, rules)
-        check_complete(recording, rules)
-    except WeightsMismatch as error:
-        raise WeightsMismatch(f"{error}. {_NO_OPTIONS}") from None
+    rules = Rules(
+        partial=options.partial,
+        ignored=options.ignored,
+        shares=True,
+        passed_over=passed_over(tied=tied, shares=True),
+    )
+    check_names(tensors, recording.taken, rules)
+    check_complete(recording, rules)

@@ -16,13 +16,17 @@ from ckpt_engine_sglang.client import SglangServer
 _SHOWN = 3
 
 
-def compare(servers: Sequence[SglangServer], file: Path | None, rank_count: int) -> str:
+def compare(
+    servers: Sequence[SglangServer], file: Path | None, rank_count: int, unseen_count: int = 0
+) -> str:
     """What was compared, in words.
 
     Args:
         rank_count: ranks of each server. Of several pipeline stages SGLang tells the first one's checksums.
         servers: the first one's checksums must be those of all others.
         file: holds checksums that must be the same; written where there is none.
+        unseen_count: servers that were updated too, behind an address of another one: which of them answers
+            there is not known.
 
     Raises:
         EngineRequestError: they differ, with the names of the parameters; or a server cannot tell them.
@@ -34,18 +38,25 @@ def compare(servers: Sequence[SglangServer], file: Path | None, rank_count: int)
         _refuse_difference(_sorted(other.checksums()), expected, other.endpoint, first.endpoint)
     ranks = f"{len(expected)}{'' if len(expected) == rank_count else f' of {rank_count}'} ranks"
     compared = f"checksums of {ranks} of {len(servers)} servers compared"
+    unseen = (
+        f"; not verified: {unseen_count} of {unseen_count + len(servers)} servers, since they share an "
+        "address and only one of them answers there: give each its own --endpoint, or {group} in --uds"
+        if unseen_count
+        else ""
+    )
     if file is not None and file.exists():
         _refuse_difference(expected, _read(file), first.endpoint, str(file))
-        return f"{compared}, and with {file}"
+        return f"{compared}, and with {file}{unseen}"
     if file is not None:
         try:
             file.write_text(json.dumps(expected, indent=1) + "\n")
         except OSError as error:
             raise ConfigError(f"--checksums-file {file}: {error.strerror or error}") from None
-        return f"{compared}, and written to {file}"
+        return f"{compared}, and written to {file}{unseen}"
     if len(servers) == 1:
-        return "nothing to verify: there is one server, and no --checksums-file to compare it with"
-    return compared
+        alone = "one address" if unseen_count else "one server"
+        return f"nothing to verify: there is {alone}, and no --checksums-file to compare it with{unseen}"
+    return compared + unseen
 
 
 def _sorted(ranks: Sequence[Any]) -> list[Any]:

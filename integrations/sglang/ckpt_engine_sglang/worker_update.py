@@ -6,7 +6,6 @@ parameter servers' verdict alone: a collective of the engine would wait for ever
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,12 +22,10 @@ from ckpt_engine_sglang import versions
 from ckpt_engine_sglang.device_identity import device_of
 from ckpt_engine_sglang.leniency import passed_over
 from ckpt_engine_sglang.models import Model, NamedTensors
+from ckpt_engine_sglang.options import parse_options, split_options
 
 logger = logging.getLogger(__name__)
 
-OPTIONS_KEY = "ckpt_engine_options"
-"""Beside the handles, since SGLang drops fields of the request that it does not know: JSON with `partial`
-(bool) and `ignored` (patterns)."""
 INCOMPLETE = "incomplete"
 """The weight version while an update that failed may have left some new weights among the old ones."""
 INCOMPLETE_NOTE = f"The weights may be {INCOMPLETE}: neither the old nor the new, until an update succeeds."
@@ -40,8 +37,9 @@ class WorkerUpdate:
     def __init__(self, manager: Any, request: Any) -> None:  # noqa: ANN401 - UpdateWeightsFromIPCReqInput
         self._manager = manager
         self._request = request
-        self._handles = dict(request.zmq_handles)
-        self._options = self._handles.pop(OPTIONS_KEY, "{}")
+        given = {uuid: split_options(handle) for uuid, handle in dict(request.zmq_handles).items()}
+        self._handles = {uuid: handle for uuid, (handle, _) in given.items()}
+        self._options = next((options for _, options in given.values() if options), "")
         self._rules = Rules()
         self._models: list[Model] = []
         self._company: dict[str, frozenset[str]] = {}
@@ -141,14 +139,7 @@ class WorkerUpdate:
     # Before
 
     def _make_rules(self) -> Rules:
-        try:
-            options = json.loads(self._options)
-            partial, ignored = (
-                bool(options.get("partial", False)),
-                tuple(map(str, options.get("ignored", ()))),
-            )
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{OPTIONS_KEY}={self._options!r}: {error}") from None
+        partial, ignored = parse_options(self._options)
         parallel = versions.parallel()
         config = self._manager.tp_worker.model_runner.model_config
         text = getattr(config, "hf_text_config", config.hf_config)

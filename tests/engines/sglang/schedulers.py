@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from ckpt_engine_sglang.worker_update import OPTIONS_KEY, WorkerUpdate
+from ckpt_engine_sglang.options import MARK
+from ckpt_engine_sglang.worker_update import WorkerUpdate
 
 from ckpt_engine import ParameterServer
 
@@ -92,7 +93,8 @@ def update(
     answer: list[tuple[bool, str]] = []
 
     def ask(paths: list[tuple[str, str]]) -> None:
-        answer.append(serve(scheduler, dict(paths) | ({OPTIONS_KEY: json.dumps(options)} if options else {})))
+        behind = MARK + json.dumps(options) if options else ""
+        answer.append(serve(scheduler, {uuid: handle + behind for uuid, handle in paths}))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from ckpt_engine_sglang import plugin
+from ckpt_engine_sglang.options import with_options
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.compat import DIRECTORY
 from ckpt_engine.errors import UpdateError
+from ckpt_engine.update.request import SocketPaths
 
 pytestmark = pytest.mark.timeout(120)
 STOCK_UUID = "GPU-stock"
@@ -84,12 +86,22 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Model, Any]]:
         sys.modules.pop(name, None)
 
 
-def update(handler: Any, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
+def update(
+    handler: Any,  # noqa: ANN401
+    tensors: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    partial: bool = False,
+    ignored: Sequence[str] = (),
+) -> None:
+    def ask(paths: SocketPaths) -> None:
+        handler.update_weights_from_ipc({uuid: with_options(each, partial, ignored) for uuid, each in paths})
+
     monkeypatch.setenv("CKPT_ENGINE_DEVICE_UUID", STOCK_UUID)
     with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
         ps.register_checkpoint("new", named_tensors=tensors)
         ps.gather_metas("new")
-        ps.update("new", lambda paths: handler.update_weights_from_ipc(dict(paths)), timeout=60)
+        ps.update("new", ask, timeout=60)
 
 
 def test_sglang_s_own_handler_updates(stock: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +130,30 @@ def test_it_refuses_before_a_byte_moves(
         update(handler, {name: torch.ones(shape) for name, shape in tensors.items()}, monkeypatch)
     assert not model.norm.any()
     assert not model.head.any()
+
+
+def test_it_allows_what_it_is_told_to(stock: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, handler = stock
+    tensors = {"norm": torch.ones(8), "head": torch.ones(4, 8), "vision.a": torch.ones(1)}
+    with pytest.raises(UpdateError, match=r"the model has no place for vision\.a"):
+        update(handler, tensors, monkeypatch, ignored=["audio.*"])
+    assert not model.norm.any()
+    update(handler, tensors, monkeypatch, ignored=["audio.*", "vision.*"])
+    assert model.norm.all()
+    assert model.head.all()
+
+
+def test_it_updates_a_part_where_it_is_told_to(
+    stock: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, handler = stock
+    model.part = torch.nn.Linear(2, 3).requires_grad_(False)
+    part = {"part.weight": torch.ones(3, 2), "part.bias": torch.ones(3)}
+    with pytest.raises(UpdateError, match="does not fill norm"):
+        update(handler, part, monkeypatch)
+    update(handler, part, monkeypatch, partial=True)
+    assert model.part.weight.eq(1).all()
+    assert not model.norm.any()
 
 
 @pytest.fixture

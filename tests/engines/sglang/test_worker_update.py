@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ckpt_engine_sglang.worker_update import OPTIONS_KEY
+from ckpt_engine_sglang.options import MARK
 
 from ckpt_engine import ParameterServer
 from ckpt_engine.errors import UpdateError
@@ -176,11 +176,11 @@ def test_options_that_are_none(options: str) -> None:
     answer: list[tuple[bool, str]] = []
 
     def ask(paths: list[tuple[str, str]]) -> None:
-        answer.append(serve(scheduler, {**dict(paths), OPTIONS_KEY: options}))
+        answer.append(serve(scheduler, {uuid: handle + MARK + options for uuid, handle in paths}))
 
     with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
         ps.register_checkpoint("new", named_tensors=drawn(a=(3,)))
         ps.gather_metas("new")
-        with pytest.raises(UpdateError, match=OPTIONS_KEY):
+        with pytest.raises(UpdateError, match="ckpt_engine_options="):
             ps.update("new", ask, timeout=60)
     assert answer[0][0] is False

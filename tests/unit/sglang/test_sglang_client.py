@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
+import zmq
 from ckpt_engine_sglang import client
 from ckpt_engine_sglang.client import SglangServer
+from ckpt_engine_sglang.options import parse_options, split_options, with_options
 from ckpt_engine_sglang.sglang_update import SglangTarget, command
 from ckpt_engine_sglang.verify import compare
+from safetensors.torch import save_file
 
 from ckpt_engine.cli.update import InferenceGroup
-from ckpt_engine.errors import ConfigError, EngineRequestError
+from ckpt_engine.compat.checkpoint_engine import worker as compat_worker
+from ckpt_engine.errors import CkptEngineError, ConfigError, EngineRequestError
 
 PATHS = [("CPU-h-0", "ipc:///tmp/a"), ("CPU-h-1", "ipc:///tmp/b")]
 INFO = {
@@ -30,13 +35,9 @@ INFO = {
 }
 
 
-class QuietServer(ThreadingHTTPServer):
-    def handle_error(self, *_: object) -> None:
-        """Drops the connection without a word: a route that raises has no answer."""
-
-
 class FakeServer:
-    """`routes`: "METHOD /path" -> what it answers, or a function of the request's body that tells."""
+    """`routes`: "METHOD /path" -> what it answers, or a function of the request's body that tells; None: the
+    connection is dropped."""
 
     def __init__(self) -> None:
         self.routes: dict[str, Any] = {}
@@ -51,7 +52,10 @@ class FakeServer:
                 route = f"{self.command} {self.path}"
                 fake.sent.append((route, body))
                 answer = fake.routes.get(route, (404, {"detail": "Not Found"}))
-                status, document = answer(body) if callable(answer) else answer
+                answer = answer(body) if callable(answer) else answer
+                if answer is None:
+                    return  # without a word
+                status, document = answer
                 if fake.key is not None and self.headers.get("Authorization") != f"Bearer {fake.key}":
                     status, document = 401, {"error": "Unauthorized"}
                 self.send_response(status)
@@ -63,7 +67,7 @@ class FakeServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.server = QuietServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
 
@@ -222,22 +226,42 @@ def test_a_server_that_is_too_busy_to_say_is_asked_again(
     finally:
         release.set()
     assert [route for route, _ in fake.sent][:2] == ["GET /ping", "GET /ping"]
-    with pytest.raises(EngineRequestError, match=r"not get ready within 0\.3 s: .*could not be asked"):
-        SglangServer("http://127.0.0.1:9").wait_until_ready(0.3)
+    with pytest.raises(EngineRequestError, match=r"did not get ready within 1 s; .* could not be asked"):
+        SglangServer("http://127.0.0.1:9").wait_until_ready(1)
 
 
 @pytest.mark.parametrize("route", ["GET /ping", "GET /health"])
-def test_a_connection_that_is_reset_is_only_not_ready(fake: FakeServer, route: str) -> None:
-    def reset_once(_: object) -> tuple[int, dict[str, str]]:
-        if [each for each, _ in fake.sent].count(route) == 1:
-            raise ConnectionResetError
-        return 200, {}
+def test_a_connection_that_is_dropped_once(fake: FakeServer, route: str) -> None:
+    asked: list[str] = []
 
-    fake.routes.update({"GET /ping": (200, {}), "GET /health": (200, {}), route: reset_once})
-    SglangServer(fake.url).wait_until_ready(60)
-    assert [each for each, _ in fake.sent].count(route) == 2
-    fake.sent.clear()
-    assert not SglangServer(fake.url).is_ready()
+    def once(_: object) -> tuple[int, dict[str, str]] | None:
+        asked.append(route)
+        return None if len(asked) == 1 else (200, {})
+
+    fake.routes.update({"GET /ping": (200, {}), "GET /health": (200, {}), route: once})
+    server = SglangServer(fake.url)
+    assert not server.is_ready()
+    asked.clear()
+    server.wait_until_ready(60)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(("wait", "what"), [("serving", "to serve"), ("ready", "to get ready")])
+def test_who_waits_says_for_what(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, wait: str, what: str
+) -> None:
+    """At once, and again and again, with the last answer."""
+    monkeypatch.setattr(client, "_TELL_SECONDS", 0.5)
+    fake.routes["GET /model_info"] = fake.routes["GET /ping"] = (503, {})
+    told: list[tuple[str, int]] = []
+    with pytest.raises(EngineRequestError):
+        getattr(SglangServer(fake.url), f"wait_until_{wait}")(
+            5, lambda text: told.append((text, len(fake.sent)))
+        )
+    assert told[0][0].startswith(f"waiting up to 5 s for SGLang at {fake.url} {what}; last answer: ")
+    assert told[0][1] == 1
+    assert len(told) > 1
+    assert all("HTTP 503" in text for text, _ in told)
 
 
 def checksums(*ranks: dict[str, str]) -> dict[str, Any]:
@@ -251,12 +275,14 @@ def checksums(*ranks: dict[str, str]) -> dict[str, Any]:
 
 def test_checksums_are_compared(make_fake: Callable[[], FakeServer], tmp_path: Path) -> None:
     one, other = make_fake(), make_fake()
-    servers = [SglangServer(one.url), SglangServer(other.url)]
+    servers = [SglangServer(each.url) for each in (one, other)]
     route, file = "POST /weights_checker", tmp_path / "checksums.json"
     one.routes[route] = other.routes[route] = (200, checksums({"a": "1", "b": "2"}, {"a": "3"}))
     assert compare(servers, None, 2) == "checksums of 2 ranks of 2 servers compared"
     assert compare(servers, None, 4) == "checksums of 2 of 4 ranks of 2 servers compared"
-    assert compare(servers[:1], None, 2).startswith("nothing to verify")
+    assert compare(servers[:1], None, 2).startswith("nothing to verify: there is one server")
+    told = compare(servers, None, 2, 2)
+    assert told.startswith("checksums of 2 ranks of 2 servers compared; not verified: 2 of 4 servers, since ")
     assert compare(servers, file, 2).endswith(f"written to {file}")
     assert compare(servers, file, 2).endswith(f"and with {file}")
     other.routes[route] = (200, checksums({"a": "1", "b": "9"}, {"a": "3"}))
@@ -283,9 +309,92 @@ def test_an_sglang_without_checksums(fake: FakeServer) -> None:
     [
         ({"host": "a", "endpoint": ["http://b"]}, "not both"),
         ({"nnodes": 2}, "where host 0 is"),
+        ({"nnodes": 2, "node_rank": 2, "master_addr": "a"}, "2: of 2 hosts"),
         ({"checksums_file": Path("f")}, "is for --verify"),
     ],
 )
 def test_options_that_contradict_each_other(options: dict[str, Any], told: str) -> None:
     with pytest.raises(typer.BadParameter, match=told):
         command(checkpoint_path=Path("m"), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"checkpoint_path": Path("nowhere")}, "nowhere"),
+        ({"save_metas_file": Path("nowhere/metas")}, "a directory that exists"),
+        ({"report_file": Path("nowhere/report")}, "a directory that exists"),
+        ({"verify": True, "checksums_file": Path("nowhere/sums")}, "a directory that exists"),
+    ],
+)
+def test_paths_are_looked_at_before_any_wait(
+    fake: FakeServer, weights: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], told: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises((CkptEngineError, typer.BadParameter), match=told):
+        command(**{"checkpoint_path": weights, "endpoint": [fake.url], **options})
+    assert fake.sent == []
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    save_file({"a": torch.zeros(4)}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_groups_that_share_an_address_are_said_not_to_be_verified(
+    fake: FakeServer, capsys: pytest.CaptureFixture[str], tmp_path: Path, served: bool
+) -> None:
+    fake.routes.update({"GET /ping": (200, {}), "GET /health": (200, {})})
+    fake.routes["POST /weights_checker"] = (200, checksums({"a": "1"}))
+    group = InferenceGroup(first=0, size=1, endpoint=fake.url, uds=None, count=3)
+    file = tmp_path / "sums" if served else None
+    asked = SglangTarget(
+        group=group, endpoints=[fake.url], weight_version="v1", verify=True, checksums_file=file
+    )
+    asked.finish()
+    told = capsys.readouterr().out
+    assert "not verified: 2 of 3 servers, since they share an address" in told
+    assert ("written to" in told) is served
+
+
+def test_each_group_s_own_server_is_verified(
+    fake: FakeServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.routes.update({"GET /ping": (200, {}), "GET /health": (200, {})})
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        "ckpt_engine_sglang.verify.compare",
+        lambda servers, *rest: asked.append(([(each.endpoint, each.uds) for each in servers], *rest)),
+    )
+    group = InferenceGroup(first=0, size=1, endpoint=fake.url, uds=None, count=2)
+
+    def finish(**options: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        SglangTarget(group=group, weight_version="v1", verify=True, **options).finish()
+        return asked.pop()
+
+    two, sockets = [fake.url, "http://b"], "/run/{group}.sock"
+    assert finish(endpoints=two) == ([(fake.url, None), ("http://b", None)], None, 1, 0)
+    each = [(fake.url, "/run/0.sock"), (fake.url, "/run/1.sock")]
+    assert finish(endpoints=[fake.url], uds=sockets) == (each, None, 1, 0)
+    # By P2P from files only the first one is updated.
+    assert finish(endpoints=two, only_first=True) == ([(fake.url, None)], None, 1, 0)
+
+
+def test_options_travel_with_each_handle(fake: FakeServer) -> None:
+    fake.routes["POST /update_weights_from_ipc"] = (200, {"success": True, "message": ""})
+    SglangServer(fake.url).update(PATHS, partial=True, ignored=["vision.*"])
+    for uuid, handle in PATHS:
+        found, text = split_options(fake.sent[0][1]["zmq_handles"][uuid])
+        assert (found, parse_options(text)) == (handle, (True, ("vision.*",)))
+
+
+def test_a_worker_that_compares_nothing_refuses_options() -> None:
+    with (
+        zmq.Context() as context,
+        pytest.raises(ConfigError, match=r"was given ckpt_engine_options=.*partial"),
+    ):
+        compat_worker.update_weights_from_ipc(
+            context, with_options("ipc:///tmp/a", True, ()), None, run=lambda _: None
+        )

@@ -1,4 +1,4 @@
-"""The worker for SGLang's own handler: what may be left out does not reach it, and it says so."""
+"""The worker for SGLang's own handler: what it refuses, but where an update says that it may be left out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from ckpt_engine_sglang import stock_worker
+from ckpt_engine_sglang.options import Options
 
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.loading.rehearsal import WeightsMismatch
@@ -33,7 +34,14 @@ def test_the_model_s_tensors_are_taken() -> None:
     stock_worker.check(Model(), layouts("a.weight", "b.weight"))
 
 
-@pytest.mark.parametrize("names", [("a.weight",), ("a.weight", "b.weight", "visual.weight")])
-def test_a_refusal_says_that_options_do_not_get_here(names: tuple[str, ...]) -> None:
-    with pytest.raises(WeightsMismatch, match=r"--ignore .* nor --partial"):
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("a.weight",), Options(partial=True)),
+        (("a.weight", "b.weight", "visual.weight"), Options(ignored=("visual.*",))),
+    ],
+)
+def test_what_options_allow(names: tuple[str, ...], options: Options) -> None:
+    with pytest.raises(WeightsMismatch):
         stock_worker.check(Model(), layouts(*names))
+    stock_worker.check(Model(), layouts(*names), options)
