@@ -24,11 +24,13 @@ import socket
 import stat
 import struct
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import zmq
 
+from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ConfigError, ProtocolError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ logger = logging.getLogger(__name__)
 MAX_PATH_NBYTES = 107
 """sun_path holds 108 bytes with its closing zero."""
 
+
+CLOSING_SECONDS = 15.0
+"""How long a place is waited for: more than rank 0 of a job that ends waits for the others to have heard."""
+CLOSING_LOOK_SECONDS = 0.05
 
 IDENTITY_NBYTES = 32
 """What a worker says on its lifeline: the routing id of its ZeroMQ socket."""
@@ -74,22 +80,32 @@ class SocketDirectory:
     def peer_path(self) -> str:
         return str(self.path / "peer")
 
-    def publish(self, port: int) -> None:
+    def publish(self, port: int, deadline: Deadline) -> None:
         """From now on this user's other processes find this directory at `published_directory`.
 
         Raises:
-            ConfigError: they find another one there, whose owner lives.
+            ConfigError: they find another one there, whose owner lives, for CLOSING_SECONDS or till the
+                deadline: of a job that is just ending it would be gone.
         """
         link, place = self.path / "published", published_directory(self.base, port)
         link.symlink_to(self.path.name)
-        with locked(self.base):
-            if is_held(place):
+        deadline = deadline.or_after(CLOSING_SECONDS)
+        while not self._take(link, place):
+            if deadline.passed:
                 raise ConfigError(
                     f"{place} is taken: another job's rank 0, of this user on this host, meets its ranks at "
                     f"port {port} (MASTER_PORT + 1, or master_port): give each job a MASTER_PORT of its own, "
                     "or a CKPT_ENGINE_SOCKET_DIR"
                 )
+            time.sleep(CLOSING_LOOK_SECONDS)
+
+    def _take(self, link: Path, place: Path) -> bool:
+        """Unless somebody is there."""
+        with locked(self.base):
+            if is_held(place):
+                return False
             self._published = link.rename(place)
+        return True
 
     def close(self) -> None:
         """Removes the directory. Idempotent."""

@@ -120,7 +120,7 @@ def own_store(
     if rank:
         return MeetingPoint(store, address, published_directory(directory.base, port) / CONTROL_SOCKET)
     if world_size > 1:
-        directory.publish(port)
+        directory.publish(port, deadline)
     return MeetingPoint(store, address, directory.path / CONTROL_SOCKET)
 
 

@@ -15,6 +15,7 @@ from fleet_for_transport_tests import LIMIT, wait_until
 
 from ckpt_engine.deadline import Deadline
 from ckpt_engine.errors import ConfigError
+from ckpt_engine.ipc import sockets
 from ckpt_engine.ipc.sockets import SocketDirectory, published_directory
 from ckpt_engine.settings import Settings
 from ckpt_engine.transport import control_messages as messages
@@ -109,7 +110,7 @@ def test_they_meet_and_listen_on_no_port(ranks: Ranks) -> None:
 
 def test_a_dead_rank_0_s_place_is_taken(base: Path, ranks: Ranks) -> None:
     dead = SocketDirectory(base)
-    dead.publish(PORT)
+    dead.publish(PORT, Deadline.after(LIMIT))
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(dead.path / "control"))
     os.close(dead._lock)  # as the kernel does for a process that was killed
@@ -124,7 +125,7 @@ def test_a_dead_rank_0_s_place_is_taken(base: Path, ranks: Ranks) -> None:
 
 def test_a_link_that_leads_nowhere_is_swept(base: Path) -> None:
     dead = SocketDirectory(base)
-    dead.publish(PORT)
+    dead.publish(PORT, Deadline.after(LIMIT))
     os.close(dead._lock)
     SocketDirectory(base).close()
     assert list(base.iterdir()) == []
@@ -132,16 +133,30 @@ def test_a_link_that_leads_nowhere_is_swept(base: Path) -> None:
 
 def test_another_s_link_is_not_removed(base: Path) -> None:
     first, second = SocketDirectory(base), SocketDirectory(base)
-    first.publish(PORT)
+    first.publish(PORT, Deadline.after(LIMIT))
     fcntl.flock(first._lock, fcntl.LOCK_UN)
-    second.publish(PORT)
+    second.publish(PORT, Deadline.after(LIMIT))
     first.close()
     assert os.readlink(published_directory(base, PORT)) == second.path.name
     second.close()
     assert list(base.iterdir()) == []
 
 
-def test_a_second_job_does_not_take_the_place_of_one_that_lives(base: Path, ranks: Ranks) -> None:
+def test_the_place_of_a_job_that_is_just_ending_is_waited_for(base: Path) -> None:
+    ending, next_one = SocketDirectory(base), SocketDirectory(base)
+    ending.publish(PORT, Deadline.after(LIMIT))
+    closing = threading.Timer(0.3, ending.close)
+    closing.start()
+    next_one.publish(PORT, Deadline.after(LIMIT))
+    closing.join()
+    assert os.readlink(published_directory(base, PORT)) == next_one.path.name
+    next_one.close()
+
+
+def test_a_second_job_does_not_take_the_place_of_one_that_lives(
+    base: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "CLOSING_SECONDS", 0.2)
     first = ranks.join(0)
     with pytest.raises(ConfigError, match=rf"control-{PORT} is taken.* MASTER_PORT of its own"):
         ranks.join(0)
