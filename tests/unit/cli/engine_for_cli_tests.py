@@ -28,19 +28,18 @@ class Engine:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer({"status": "ok"})
+                self.answer({"status": "ok", "tp_size": len(engine.device_uuids)})
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
                 engine.requests.append(request | {"path": self.path})
-                if "args" not in request:  # a route of vLLM's that asks nothing of its workers
+                if "zmq_handles" in request:  # SGLang's way
+                    found = engine.receive_all([list(pair) for pair in request["zmq_handles"].items()])
+                    self.answer({"success": all(one["outcome"] == "committed" for one in found)})
+                elif "args" in request:
+                    self.answer({"results": engine.receive_all(request["args"][0])})
+                else:  # a route of vLLM's that asks nothing of its workers
                     self.answer({"success": True})
-                    return
-                with ThreadPoolExecutor() as pool:
-                    found = pool.map(
-                        lambda uuid: engine.receive(request["args"][0], uuid), engine.device_uuids
-                    )
-                self.answer({"results": list(found)})
 
             def answer(self, body: dict[str, Any]) -> None:
                 text = json.dumps(body).encode()
@@ -56,6 +55,11 @@ class Engine:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
+
+    def receive_all(self, handles: list[list[str]]) -> list[dict[str, Any]]:
+        """What each worker says, in order."""
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(lambda uuid: self.receive(handles, uuid), self.device_uuids))
 
     def receive(self, handles: list[list[str]], device_uuid: str) -> dict[str, Any]:
         with zmq.Context() as context:

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -341,16 +341,21 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert not Path("/dev/null").is_file()
 
 
-def _start_ranks(checkpoint: Path, *args: str) -> list[subprocess.Popen[str]]:
-    """Two ranks, as torchrun starts them."""
+COMMAND = ("ckpt_engine.cli.main", "update")
+
+
+def _start_ranks(
+    checkpoint: Path, *args: str, command: Sequence[str] = COMMAND, size: int = 2
+) -> list[subprocess.Popen[str]]:
+    """So many ranks, as torchrun starts them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         store_port = probe.getsockname()[1]  # the ranks use MASTER_PORT + 1
-    launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    launched = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
     return [
         subprocess.Popen(
             [
-                *(sys.executable, "-m", "ckpt_engine.cli.main", "update", "--checkpoint-path", checkpoint),
+                *(sys.executable, "-m", *command, "--checkpoint-path", checkpoint),
                 *("--inference-parallel-size", "1", "--timeout", "60", *args),
             ],
             env=os.environ | launched | {"RANK": str(rank), "MASTER_PORT": str(store_port - 1)},
@@ -358,7 +363,7 @@ def _start_ranks(checkpoint: Path, *args: str) -> list[subprocess.Popen[str]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(size)
     ]
 
 
@@ -378,18 +383,45 @@ def test_two_ranks_with_an_engine_each(checkpoint: Path, engine: Engine) -> None
         assert [[device for device, _ in request["args"][0]] for request in each.requests] == [[uuid]]
 
 
-def test_an_engine_of_two_workers_is_asked_once(checkpoint: Path) -> None:
-    """By one of the ranks, for all of them."""
-    engine = Engine("CPU-here-0", "CPU-here-1")
+SGLANG = ("ckpt_engine_sglang.sglang_update",)
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "route"),
+    [
+        (COMMAND, (), "/collective_rpc"),
+        (COMMAND, ("--engine", "vllm"), "/collective_rpc"),
+        (SGLANG, (), "/update_weights_from_ipc"),
+    ],
+    ids=["embedded", "vllm", "sglang"],
+)
+def test_each_engine_is_asked_once_for_all_its_ranks(
+    checkpoint: Path, command: Sequence[str], options: Sequence[str], route: str
+) -> None:
+    """Two engines of two workers each, of four ranks: one HTTP request that moves weights to each of them,
+    which names its own workers' handles and no others."""
+    engines = [Engine(*(f"CPU-here-{2 * group + index}" for index in range(2))) for group in range(2)]
+    ends = [argument for engine in engines for argument in ("--endpoint", engine.url)]
+    sizes = ("--inference-parallel-size", "2")
+    ranks: list[subprocess.Popen[str]] = []
     try:
-        ranks = _start_ranks(checkpoint, "--endpoint", engine.url, "--inference-parallel-size", "2")
-        errors = [rank.communicate(timeout=60)[1] for rank in ranks]
+        ranks = _start_ranks(checkpoint, *sizes, *ends, *options, command=command, size=4)
+        errors = [rank.communicate(timeout=100)[1] for rank in ranks]
     finally:
-        engine.close()
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
-    (request,) = engine.requests
-    assert [device for device, _ in request["args"][0]] == ["CPU-here-0", "CPU-here-1"]
-    assert len(engine.weights) == 4
+        for rank in ranks:
+            rank.kill()
+        for engine in engines:
+            engine.close()
+    assert [rank.returncode for rank in ranks] == [0] * 4, errors
+    for engine in engines:
+        (request,) = [request for request in engine.requests if request["path"] == route]
+        handles = dict(request["args"][0] if "args" in request else request["zmq_handles"])
+        assert sorted(handles) == list(engine.device_uuids)
+        assert len(set(handles.values())) == 2
+        # What else was asked, was so once for the engine, too.
+        paths = [request["path"] for request in engine.requests]
+        assert len(set(paths)) == len(paths), paths
+        assert len(engine.weights) == 4
 
 
 def test_a_failure_on_one_rank_fails_both(checkpoint: Path, engine: Engine) -> None:
