@@ -444,7 +444,7 @@ def test_groups() -> None:
     def group_of(rank: int, **options: object) -> InferenceGroup:
         return inference_group(rank, 4, **(defaults | options))
 
-    assert group_of(3) == InferenceGroup(first=2, size=2, endpoint="http://e", uds=None)
+    assert group_of(3) == InferenceGroup(first=2, size=2, endpoint="http://e", uds=None, count=2)
     assert group_of(3, size=None) == InferenceGroup(first=0, size=4, endpoint="http://e", uds=None)
     assert [group_of(rank, endpoints=["a", "b"]).endpoint for rank in range(4)] == ["a", "a", "b", "b"]
     assert group_of(2, uds="/run/{group}.sock").uds == "/run/1.sock"
