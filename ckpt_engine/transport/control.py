@@ -18,7 +18,6 @@ import select
 import socket
 import threading
 import time
-import zlib
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -44,8 +43,6 @@ __all__ = ["Control", "Round", "Verdict", "error_of"]
 
 ANSWER_SECONDS = 10.0
 """How long the control server may take to say how a round was decided."""
-COMPRESSED_NBYTES = 4096
-"""Of a rank's payload, from which on it is compressed."""
 CONNECT_SECONDS = 0.02
 """Between two tries to reach rank 0 on a Unix socket."""
 EXIT_SECONDS = 10.0
@@ -325,6 +322,7 @@ class Round:
         self.met: messages.Met | None = None
         self.verdict: Verdict | None = None
         self._control = control
+        self._told_members = None if len(members) == control.world_size else members
         self._decides = decides
         self._voted = False
         self._wake_read = self._wake_write = -1
@@ -347,9 +345,9 @@ class Round:
             PeerLost: a member, or rank 0, is gone.
             UpdateError: a member gave the round up, or members disagree about the purpose.
         """
-        packed = _pack(payload)
+        packed = messages.pack(payload)
         self._control.send(
-            messages.Enter(self.call, self.members, self.purpose, packed, without_lost, self._decides)
+            messages.Enter(self.call, self._told_members, self.purpose, packed, without_lost, self._decides)
         )
         if not self._control.wait(self, deadline):
             message = f"waited for all ranks in {self.purpose}"
@@ -359,9 +357,9 @@ class Round:
         if self.met is None:
             raise self._control.gone()
         return {
-            rank: _unpack(blob)
-            for rank, blob in zip(self.members, self.met.payloads, strict=True)
-            if blob is not None
+            rank: payload
+            for rank, payload in zip(self.members, self.met.brought(), strict=True)
+            if payload is not None
         }
 
     def _decided_against(self, record: ErrorRecord) -> ErrorRecord:
@@ -419,7 +417,7 @@ class Round:
         if self.verdict is None:
             with contextlib.suppress(PeerLost):
                 self._control.send(
-                    messages.Abandon(self.call, self.members, self.purpose, record.travelling())
+                    messages.Abandon(self.call, self._told_members, self.purpose, record.travelling())
                 )
                 self._control.wait_for_verdict(self, Deadline.after(ANSWER_SECONDS))
         if self.verdict is not None:
@@ -453,14 +451,3 @@ def error_of(record: ErrorRecord, touched: bool | None = None) -> UpdateError:
 
 def _unknown(message: str) -> OutcomeUnknown:
     return OutcomeUnknown(ErrorRecord(error_type="OutcomeUnknown", message=message, stage="decide"))
-
-
-def _pack(payload: bytes) -> bytes:
-    """Compressed where that is worth its time: a large model's metas are, an introduction is not."""
-    if len(payload) < COMPRESSED_NBYTES:
-        return b"-" + payload
-    return b"z" + zlib.compress(payload, 1)
-
-
-def _unpack(blob: bytes) -> bytes:
-    return zlib.decompress(blob[1:]) if blob[:1] == b"z" else blob[1:]

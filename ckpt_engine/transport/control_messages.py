@@ -19,16 +19,19 @@ A rank numbers its calls, the server the rounds in which they meet.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 
 import msgspec
 
-from ckpt_engine.errors import ErrorRecord
+from ckpt_engine.errors import ErrorRecord, ProtocolError
 from ckpt_engine.transport.framing import Message, decode, encode
 
-CONTROL_PROTOCOL = 4
+CONTROL_PROTOCOL = 5
 MAX_FRAME_NBYTES = 1024**3
 """Largest frame: what all ranks bring to a gather of a large checkpoint on thousands of ranks."""
+COMPRESSED_NBYTES = 4096
+"""Of what is brought, from which on it is compressed."""
 MAX_JOIN_NBYTES = 1024
 """Largest frame of a connection that has not shown the token yet."""
 
@@ -55,11 +58,12 @@ class Join(Message, frozen=True):
 
 
 class Enter(Message, frozen=True):
-    """`members`: ranks, sorted; `purpose`: what they do, alike on all; `without_lost`: they may meet without
+    """`members`: ranks, sorted, or None for all (of thousands, each would name them all); `payload`: packed;
+    `purpose`: what they do, alike on all; `without_lost`: they may meet without
     members that are gone; `decides`: they will vote."""
 
     call: int
-    members: tuple[int, ...]
+    members: tuple[int, ...] | None
     purpose: str
     payload: bytes
     without_lost: bool
@@ -75,7 +79,7 @@ class Abandon(Message, frozen=True):
     """With `members` and `purpose`, since a rank may give up a call before it enters."""
 
     call: int
-    members: tuple[int, ...]
+    members: tuple[int, ...] | None
     purpose: str
     record: ErrorRecord
 
@@ -115,11 +119,23 @@ class Entered(Message, frozen=True):
 
 
 class Met(Message, frozen=True):
-    """`payloads` by member (None: gone); `lost`: members that are gone, and why."""
+    """`payloads`: packed, a list by member (None: gone), each packed for itself.
+
+    `lost`: members that are gone, and why."""
 
     round: int
-    payloads: tuple[bytes | None, ...]
+    payloads: bytes
     lost: dict[int, str]
+
+    @classmethod
+    def of(cls, round_: int, payloads: list[bytes | None], lost: dict[int, str]) -> Met:
+        """All members get all of it: what is alike in them is worth compressing."""
+        return cls(round_, pack(msgspec.msgpack.encode(payloads)), lost)
+
+    def brought(self) -> list[bytes | None]:
+        """What each member brought. Raises ProtocolError: it is not that."""
+        packed: list[bytes | None] = decode(_PAYLOADS, unpack(self.payloads), "what ranks brought")
+        return [None if payload is None else unpack(payload) for payload in packed]
 
 
 class Decided(Message, frozen=True):
@@ -130,8 +146,30 @@ class Decided(Message, frozen=True):
 RankFrame = Join | Enter | Vote | Abandon | Left | Mistake | Beat | Goodbye
 ServerFrame = Welcome | Refused | Entered | Met | Decided | Beat
 
+_PAYLOADS: msgspec.msgpack.Decoder[list[bytes | None]] = msgspec.msgpack.Decoder(list[bytes | None])
 _RANK_DECODER: msgspec.msgpack.Decoder[RankFrame] = msgspec.msgpack.Decoder(RankFrame)
 _SERVER_DECODER: msgspec.msgpack.Decoder[ServerFrame] = msgspec.msgpack.Decoder(ServerFrame)
+
+
+def pack(payload: bytes) -> bytes:
+    """Compressed where that is worth its time: a large model's metas are, one introduction is not."""
+    if len(payload) < COMPRESSED_NBYTES:
+        return b"-" + payload
+    return b"z" + zlib.compress(payload, 1)
+
+
+def unpack(blob: bytes) -> bytes:
+    """Raises ProtocolError: nothing that was packed, or larger than a frame may be."""
+    if blob[:1] != b"z":
+        return blob[1:]
+    inflating = zlib.decompressobj()
+    try:
+        payload = inflating.decompress(blob[1:], MAX_FRAME_NBYTES)
+    except zlib.error as error:
+        raise ProtocolError(f"what a rank brought cannot be unpacked: {error}") from None
+    if not inflating.eof:
+        raise ProtocolError("what a rank brought is cut short, or larger than a frame may be")
+    return payload
 
 
 def encode_frame(message: RankFrame | ServerFrame) -> bytes:

@@ -28,6 +28,8 @@ from ckpt_engine.transport.rounds import Rounds
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0
+LOOK_SECONDS = 0.05
+"""Between two looks at the clock, at least."""
 JOIN_SECONDS = 10.0
 """How long a new connection may take to show the token."""
 MAX_STRANGERS = 64
@@ -65,8 +67,8 @@ class ControlServer:
         self._deaf_until = 0.0
         self._clients: dict[int, _Client] = {}
         self._strangers: dict[_Client, None] = {}  # in the order in which they came
-        self._rounds = Rounds(self._tell)
-        self._beaten = time.monotonic()
+        self._rounds = Rounds(self._tell, world_size)
+        self._beaten = self._looked = time.monotonic()
         self._idle = threading.Condition()
         self._closing = False
         self._selector = selectors.DefaultSelector()
@@ -152,6 +154,9 @@ class ControlServer:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return  # Each look is at every rank, and every message would bring one.
+        self._looked = now
         for client in list(self._clients.values()):
             if now - client.heard > self._stall:
                 self._drop(client, f"it has not been heard for {now - client.heard:.1f} s (stopped?)")

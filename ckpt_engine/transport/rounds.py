@@ -23,6 +23,7 @@ REMEMBERED = 64
 """How many calls that were given up are remembered: the latest."""
 
 Members = tuple[int, ...]
+"""That of all ranks is one object: of thousands, every comparison would take thousands of steps."""
 
 
 @dataclass(eq=False)
@@ -39,7 +40,7 @@ class _GivenUp:
     def is_call(self, members: Members, purpose: str) -> bool:
         if purpose not in self.purposes:
             return False
-        return self.members == members if self.members is not None else self.by <= set(members)
+        return _alike(self.members, members) if self.members is not None else self.by <= set(members)
 
 
 @dataclass(eq=False)
@@ -60,13 +61,17 @@ class _Round:
 
 
 class Rounds:
-    """The rounds of all ranks. `tell` sends a frame to ranks; `lost`: ranks that are gone, and why."""
+    """The rounds of all ranks. `tell` sends a frame to ranks; `lost`: ranks that are gone, and why.
 
-    def __init__(self, tell: Callable[[Iterable[int], messages.ServerFrame], None]) -> None:
+    What a rank says takes the same number of steps whatever the number of ranks, unless some are lost.
+    """
+
+    def __init__(self, tell: Callable[[Iterable[int], messages.ServerFrame], None], world_size: int) -> None:
         self.lost: dict[int, str] = {}
         self._tell = tell
+        self._everyone: Members = tuple(range(world_size))
         self._rounds: dict[int, _Round] = {}
-        self._gathering: dict[Members, _Round] = {}
+        self._gathering: list[_Round] = []
         self._calls: dict[tuple[int, int], _Round] = {}
         self._given_up: deque[_GivenUp] = deque(maxlen=REMEMBERED)
         self._number = 0
@@ -96,7 +101,7 @@ class Rounds:
             raise ProtocolError(f"rank {rank} votes in a round that has not met")
         if round_.verdict is None:
             round_.votes.add(rank)
-            if round_.votes == set(round_.members):
+            if len(round_.votes) == len(round_.members):
                 self._decide(round_, Verdict(version=message.version))
 
     def abandon(self, rank: int, message: messages.Abandon) -> None:
@@ -107,7 +112,7 @@ class Rounds:
     def mistake(self, rank: int, message: messages.Mistake) -> None:
         """The call had no members that make sense: whoever waits for this rank in such a call is told."""
         known = _GivenUp(message.record, {message.purpose}, None, by={rank}, told={rank})
-        for round_ in list(self._gathering.values()):
+        for round_ in list(self._gathering):
             if rank not in round_.entered and known.is_call(round_.members, round_.purpose):
                 self._tell_given_up(round_, known)
         self._given_up.append(known)
@@ -134,7 +139,7 @@ class Rounds:
     def look_at_the_clock(self) -> None:
         """Ends the wait for ranks that gave a call up and did not come again."""
         now = time.monotonic()
-        for round_ in list(self._gathering.values()):
+        for round_ in list(self._gathering):
             if round_.given_up is not None and now - round_.given_up_at >= COME_AGAIN_SECONDS:
                 self._tell_given_up(round_, round_.given_up)
 
@@ -142,12 +147,13 @@ class Rounds:
 
     def _join(self, rank: int, message: messages.Enter | messages.Abandon) -> _Round:
         """The round that the call belongs to; it may be decided already."""
-        members, purpose = message.members, message.purpose
-        if rank not in members or (rank, message.call) in self._calls:
+        members = self._everyone if message.members is None else message.members
+        purpose = message.purpose
+        if not self._is_member(rank, members) or (rank, message.call) in self._calls:
             raise ProtocolError(f"rank {rank} is no member of its call {message.call}, or makes it twice")
         self._comes_again(rank, members, purpose)
         known = self._news(rank, members, purpose)
-        others = self._gathering.get(members)
+        others = self._gathering_of(members)
         waits = isinstance(message, messages.Enter)
         if others is not None and (others.purpose == purpose or (waits and known is None)):
             round_ = others
@@ -165,9 +171,15 @@ class Rounds:
             # Late: the others are at something else by now; or this rank does not wait for them.
             self._tell_given_up(round_, known)
         elif round_ is not others and waits:
-            self._gathering[members] = round_
+            self._gathering.append(round_)
             round_.given_up, round_.given_up_at = known, time.monotonic()
         return round_
+
+    def _is_member(self, rank: int, members: Members) -> bool:
+        return members is self._everyone or rank in members
+
+    def _gathering_of(self, members: Members) -> _Round | None:
+        return next((round_ for round_ in self._gathering if _alike(round_.members, members)), None)
 
     def _news(self, rank: int, members: Members, purpose: str) -> _GivenUp | None:
         """What others gave up that this rank does not know of, if it is this call."""
@@ -178,10 +190,10 @@ class Rounds:
         """What this rank gave up before is no news any more: it meets the others now, or is elsewhere."""
         for known in [one for one in self._given_up if rank in one.by and one.is_call(members, purpose)]:
             self._given_up.remove(known)
-            for round_ in self._gathering.values():
+            for round_ in self._gathering:
                 if round_.given_up is known:
                     round_.given_up = None
-        others = self._gathering.get(members)
+        others = self._gathering_of(members)
         if others is not None and others.given_up is not None and rank in others.given_up.by:
             self._tell_given_up(others, others.given_up)
 
@@ -211,19 +223,20 @@ class Rounds:
         """Lets the members meet if all that can come have come, or gives up if one that must is lost."""
         if round_.verdict is not None:
             return
-        members = set(round_.members)
-        lost = (members & self.lost.keys()) - round_.left
+        lost = {rank for rank in self.lost if self._is_member(rank, round_.members)} - round_.left
         if lost and not round_.without_lost:
             rank = min(lost)
             what = "left" if "closed its parameter server" in self.lost[rank] else "died or stopped"
             self._decide(round_, Verdict(record=_lost(rank, f"{what}: {self.lost[rank]}")))
-        elif not round_.met and members <= round_.brought.keys() | lost:
+        elif not round_.met and len(round_.brought.keys() | lost if lost else round_.brought) == len(
+            round_.members
+        ):
             round_.met = True
-            del self._gathering[round_.members]
-            payloads = tuple(round_.brought.get(rank) for rank in round_.members)
+            self._gathering.remove(round_)
+            payloads = [round_.brought.get(rank) for rank in round_.members]
             reasons = {rank: self.lost[rank] for rank in sorted(lost)}
             round_.brought.clear()
-            self._tell(self._present(round_), messages.Met(round_.number, payloads, reasons))
+            self._tell(self._present(round_), messages.Met.of(round_.number, payloads, reasons))
 
     def _give_up(self, round_: _Round, record: ErrorRecord, *purposes: str) -> None:
         """Decides against, and remembers it for members that have not come."""
@@ -241,16 +254,23 @@ class Rounds:
     def _decide(self, round_: _Round, verdict: Verdict) -> None:
         round_.verdict = verdict = replace(verdict, met=round_.met)
         round_.brought.clear()
-        if self._gathering.get(round_.members) is round_:
-            del self._gathering[round_.members]
+        if round_ in self._gathering:
+            self._gathering.remove(round_)
         self._tell(self._present(round_), messages.Decided(round_.number, verdict))
 
     def _present(self, round_: _Round) -> list[int]:
         return sorted(round_.entered - round_.left - self.lost.keys())
 
     def _forget_if_over(self, round_: _Round) -> None:
-        if round_.entered <= round_.left | self.lost.keys() and (round_.met or round_.verdict is not None):
+        gone = len(round_.left)
+        if self.lost:
+            gone = len(round_.left | (round_.entered & self.lost.keys()))
+        if gone == len(round_.entered) and (round_.met or round_.verdict is not None):
             self._rounds.pop(round_.number, None)
+
+
+def _alike(some: Members, others: Members) -> bool:
+    return some is others or some == others
 
 
 def _record(error_type: str, message: str) -> ErrorRecord:

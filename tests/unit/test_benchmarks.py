@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[2]
             3,
         ),
         ("control", ["--ranks", "1,9", "--rounds", "1"], 2),
+        ("rounds", ["--ranks", "3,20", "--rounds", "1"], 2),
         ("model", [], 10),
         ("model", ["--cpu", "--gib", "0.05", "--ranks", "1", "--rounds", "1"], 1),
         ("soak", ["--gib", "0.01", "--tensor-mib", "1", "--cycles", "2"], 3),

@@ -173,7 +173,7 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.call = itertools.count(1)
-        self.rounds = Rounds(self.tell)
+        self.rounds = Rounds(self.tell, size)
         self.heard: dict[int, list[messages.ServerFrame]] = {rank: [] for rank in range(size)}
 
     def tell(self, ranks: object, message: messages.ServerFrame) -> None:
