@@ -59,6 +59,8 @@ class Server:
         self._start()
 
     def _start(self) -> None:
+        if self.uds is not None:
+            Path(self.uds).unlink(missing_ok=True)  # a killed one leaves it, and the next could not bind
         with self.log.open("a") as output:
             self.process = subprocess.Popen(
                 self._command,
