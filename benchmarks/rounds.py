@@ -60,13 +60,8 @@ class Server:
 
     def hear(self, rank: int, frame: bytes) -> None:
         message = messages.decode_rank_frame(frame[LENGTH.size :])
-        if isinstance(message, messages.Enter):
-            self.rounds.enter(rank, message)
-        elif isinstance(message, messages.Vote):
-            self.rounds.vote(rank, message)
-        else:
-            assert isinstance(message, messages.Left)
-            self.rounds.leave(rank, message)
+        assert isinstance(message, messages.RoundFrame)
+        self.rounds.hear(rank, message)
 
 
 def measure(world_size: int, rounds: int) -> dict[str, Any]:

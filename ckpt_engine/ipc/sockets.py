@@ -26,6 +26,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 
 import zmq
@@ -37,15 +38,20 @@ logger = logging.getLogger(__name__)
 
 MAX_PATH_NBYTES = 107
 """sun_path holds 108 bytes with its closing zero."""
-
-
 CLOSING_SECONDS = 15.0
 """How long a place is waited for: more than rank 0 of a job that ends waits for the others to have heard."""
 CLOSING_LOOK_SECONDS = 0.05
-
 IDENTITY_NBYTES = 32
 """What a worker says on its lifeline: the routing id of its ZeroMQ socket."""
 MAX_DESCRIPTORS = 8
+
+
+class Owner(Enum):
+    """Of a parameter server's directory. UNKNOWN: it is none, or its owner is just making it."""
+
+    LIVES = "lives"
+    DEAD = "dead"
+    UNKNOWN = "unknown"
 
 
 class SocketDirectory:
@@ -101,8 +107,8 @@ class SocketDirectory:
 
     def _take(self, link: Path, place: Path) -> bool:
         """Unless somebody is there."""
-        with locked(self.base):
-            if is_held(place):
+        with locked(self.base), owner_of(place) as owner:
+            if owner is Owner.LIVES:
                 return False
             self._published = link.rename(place)
         return True
@@ -123,19 +129,23 @@ def published_directory(base: Path, port: int) -> Path:
     return base / f"control-{port}"
 
 
-def is_held(directory: Path) -> bool:
-    """Whether a parameter server that lives owns this directory."""
+@contextlib.contextmanager
+def owner_of(directory: Path) -> Iterator[Owner]:
+    """Whose it is, which stays so meanwhile if it is a dead one's."""
     try:
         fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
-        return False
+        yield Owner.UNKNOWN
+        return
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            owner = Owner.DEAD
+        except BlockingIOError:
+            owner = Owner.LIVES
+        yield owner
     finally:
         os.close(fd)
-    return False
 
 
 @contextlib.contextmanager
@@ -162,20 +172,10 @@ def _sweep_directories(base: Path) -> None:
     for directory in base.iterdir():
         if directory.is_symlink():
             continue
-        lock = directory / "lock"
-        try:
-            fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:
-            continue  # not ours, or its owner is just making it
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
-            logger.info("removing %s, left behind by a parameter server that died", directory)
-            shutil.rmtree(directory, ignore_errors=True)
-        finally:
-            os.close(fd)
+        with owner_of(directory) as owner:
+            if owner is Owner.DEAD:
+                logger.info("removing %s, left behind by a parameter server that died", directory)
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def default_directory() -> Path:

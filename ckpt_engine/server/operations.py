@@ -94,10 +94,13 @@ class Operations:
             try:
                 result = await job()
             except BaseException as error:
-                self._end(running, None, error)
+                self._remember(running, None, error)
                 raise
-            self._end(running, result, None)
-            return result
+            else:
+                self._remember(running, result, None)
+                return result
+            finally:
+                self._running = None
 
         # A request that is given up must not free the place while its work goes on in a thread.
         return await asyncio.shield(asyncio.ensure_future(run()))
@@ -159,7 +162,7 @@ class Operations:
             self._running = _AtWork(self._count, operation, checkpoint, now)
             return self._running
 
-    def _end(self, running: _AtWork, result: object, error: BaseException | None) -> None:
+    def _remember(self, running: _AtWork, result: object, error: BaseException | None) -> None:
         figures = _figures(result)
         ended = Ended(
             number=running.number,
@@ -173,7 +176,6 @@ class Operations:
             error=None if error is None else body_of(error),
         )
         self._ended.append(ended)
-        self._running = None
         for watcher in self._watchers:
             watcher(ended)
 

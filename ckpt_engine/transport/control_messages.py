@@ -143,7 +143,8 @@ class Decided(Message, frozen=True):
     verdict: Verdict
 
 
-RankFrame = Join | Enter | Vote | Abandon | Left | Mistake | Beat | Goodbye
+RoundFrame = Enter | Vote | Abandon | Left | Mistake
+RankFrame = Join | RoundFrame | Beat | Goodbye
 ServerFrame = Welcome | Refused | Entered | Met | Decided | Beat
 
 _PAYLOADS: msgspec.msgpack.Decoder[list[bytes | None]] = msgspec.msgpack.Decoder(list[bytes | None])

@@ -225,16 +225,8 @@ class ControlServer:
             raise ProtocolError(f"{type(message).__name__} before Join")
         elif isinstance(message, messages.Goodbye):
             self._drop(client, "it has closed its parameter server")
-        elif isinstance(message, messages.Enter):
-            self._rounds.enter(client.rank, message)
-        elif isinstance(message, messages.Vote):
-            self._rounds.vote(client.rank, message)
-        elif isinstance(message, messages.Abandon):
-            self._rounds.abandon(client.rank, message)
-        elif isinstance(message, messages.Left):
-            self._rounds.leave(client.rank, message)
-        elif isinstance(message, messages.Mistake):
-            self._rounds.mistake(client.rank, message)
+        elif not isinstance(message, messages.Beat):
+            self._rounds.hear(client.rank, message)
 
     def _join(self, client: _Client, join: messages.Join) -> None:
         if not hmac.compare_digest(join.token.encode(), self._token.encode()):

@@ -87,6 +87,19 @@ class Rounds:
 
     # What ranks say
 
+    def hear(self, rank: int, message: messages.RoundFrame) -> None:
+        """Raises ProtocolError: the rank may not say that."""
+        if isinstance(message, messages.Enter):
+            self.enter(rank, message)
+        elif isinstance(message, messages.Vote):
+            self.vote(rank, message)
+        elif isinstance(message, messages.Abandon):
+            self.abandon(rank, message)
+        elif isinstance(message, messages.Left):
+            self.leave(rank, message)
+        else:
+            self.mistake(rank, message)
+
     def enter(self, rank: int, message: messages.Enter) -> None:
         round_ = self._join(rank, message)
         if round_.verdict is not None:
@@ -228,7 +241,7 @@ class Rounds:
             rank = min(lost)
             what = "left" if "closed its parameter server" in self.lost[rank] else "died or stopped"
             self._decide(round_, Verdict(record=_lost(rank, f"{what}: {self.lost[rank]}")))
-        elif not round_.met and len(round_.brought.keys() | lost if lost else round_.brought) == len(
+        elif not round_.met and len(round_.brought) + len(lost - round_.brought.keys()) == len(
             round_.members
         ):
             round_.met = True
@@ -262,10 +275,8 @@ class Rounds:
         return sorted(round_.entered - round_.left - self.lost.keys())
 
     def _forget_if_over(self, round_: _Round) -> None:
-        gone = len(round_.left)
-        if self.lost:
-            gone = len(round_.left | (round_.entered & self.lost.keys()))
-        if gone == len(round_.entered) and (round_.met or round_.verdict is not None):
+        lost = round_.entered.intersection(self.lost) - round_.left if self.lost else ()
+        if len(round_.left) + len(lost) == len(round_.entered) and (round_.met or round_.verdict is not None):
             self._rounds.pop(round_.number, None)
 
 
