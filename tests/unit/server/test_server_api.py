@@ -32,17 +32,6 @@ UPDATE = "/v1/checkpoints/a/update"
 
 
 @pytest.fixture
-def ps() -> StubServer:
-    return StubServer()
-
-
-@pytest.fixture
-def client(ps: StubServer) -> Iterator[TestClient]:
-    with TestClient(create_app(ps, access=EVERYTHING)) as client:
-        yield client
-
-
-@pytest.fixture
 def engine() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """An engine that commits: its URL, and the requests that it got."""
     requests: list[dict[str, Any]] = []

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
-from api_for_server_tests import EVERYTHING, StubServer, world
+from api_for_server_tests import StubServer, world
 from fastapi.testclient import TestClient
 
 from ckpt_engine.server.app import create_app
@@ -14,17 +13,6 @@ from ckpt_engine.server.guard import MAX_BODY_NBYTES, MAX_METAS_NBYTES
 
 UPDATE = "/v1/checkpoints/a/update"
 JSON = {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def ps() -> StubServer:
-    return StubServer()
-
-
-@pytest.fixture
-def client(ps: StubServer) -> Iterator[TestClient]:
-    with TestClient(create_app(ps, access=EVERYTHING)) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

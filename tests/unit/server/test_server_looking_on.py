@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -19,17 +19,6 @@ from ckpt_engine.server.app import create_app
 from ckpt_engine.state import Weights
 
 UPDATE = "/v1/checkpoints/a/update"
-
-
-@pytest.fixture
-def ps() -> StubServer:
-    return StubServer()
-
-
-@pytest.fixture
-def client(ps: StubServer) -> Iterator[TestClient]:
-    with TestClient(create_app(ps, access=EVERYTHING)) as client:  # type: ignore[arg-type]
-        yield client
 
 
 def held(client: TestClient, ps: StubServer, look: Callable[[], Any]) -> Any:  # noqa: ANN401
