@@ -23,11 +23,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewWorld]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
+    made = Engines(tmp_path_factory.mktemp("engines"))
+    yield made
+    made.end()
+
+
+@pytest.fixture(scope="session")
+def new_world(tmp_path_factory: pytest.TempPathFactory, shared: Engines) -> Iterator[NewWorld]:
     """Launches ranks. `engines`: those they are to feed, which outlive them; `like`: a world whose place
     they take."""
     seeds = itertools.count(20270101)
-    shared = Engines(tmp_path_factory.mktemp("engines"))
     fleets: list[Fleet] = []
 
     def launch(
@@ -51,7 +57,6 @@ def new_world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewWorld]:
     yield launch
     for fleet in fleets:
         fleet.end()
-    shared.end()
 
 
 @pytest.fixture
@@ -63,17 +68,28 @@ def engines(tmp_path: Path) -> Iterator[Engines]:
 
 
 @pytest.fixture(scope="session")
-def worlds(request: pytest.FixtureRequest, new_world: NewWorld) -> Iterator[Worlds]:
-    """(size, hosts) -> the one world of that shape in which no test ends a rank."""
+def worlds(request: pytest.FixtureRequest, new_world: NewWorld, shared: Engines) -> Iterator[Worlds]:
+    """(size, hosts) -> the one world of that shape in which no test ends a rank.
+
+    After a test that failed all are made anew: what it has left would fail those that follow.
+    """
     made: dict[tuple[int, int], World] = {}
+    failed = request.session.testsfailed
 
     def world(size: int, hosts: int) -> World:
+        nonlocal failed
+        if request.session.testsfailed > failed:
+            failed = request.session.testsfailed
+            for each in made.values():
+                each.fleet.end()
+            made.clear()
+            shared.end()
         if (size, hosts) not in made:
             made[size, hosts] = new_world(size, hosts)
         return made[size, hosts]
 
     yield world
-    if not request.session.testsfailed:
+    if request.session.testsfailed == failed:
         for each in made.values():
             each.end_well()
             each.sockets_are_swept()

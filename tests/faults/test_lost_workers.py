@@ -15,7 +15,7 @@ from world_for_fault_tests import World, Worlds, failed_alike
 BUCKET = 9
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (4, 2)], ids=["2 ranks", "4 ranks on 2 hosts"])
+@pytest.fixture(params=[(2, 1), (4, 2)], ids=["2 ranks", "4 ranks on 2 hosts"])
 def world(request: pytest.FixtureRequest, worlds: Worlds) -> World:
     return worlds(*request.param)
 
@@ -93,11 +93,11 @@ def test_a_worker_that_died_before_it_connected_is_missed(worlds: Worlds, wait: 
 
 
 def test_of_a_worker_that_did_not_hear_the_commit_nobody_says_that_it_serves(worlds: Worlds) -> None:
-    """It is stopped when it has finished: the update commits, and nobody knows what it will make of that."""
+    """It is stopped before it acts on it: the update commits, and nobody knows what it will make of that."""
     world = worlds(2, 1)
     seed, victim, other = world.new_checkpoint(), world.last, world.alive[0]
     worker = world.fleet.worker(victim)
-    world.start(worker_faults={victim: {"act": "stop", "at": "finished"}}, wait=False, version="new")
+    world.start(worker_faults={victim: {"act": "stop", "at": "commit"}}, wait=False, version="new")
     answers = world.fleet.answers(world.alive, STOPPED_SECONDS)
     assert {answer["version"] for answer in answers.values()} == {"new"}, answers
     world.has(other, seed, "new")

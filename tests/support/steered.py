@@ -227,8 +227,10 @@ class Engines:
         return found
 
     def end(self) -> None:
+        """All of them: who is asked for afterwards is a new one."""
         for worker in self._there.values():
             worker.end()
+        self._there.clear()
 
 
 class Fleet:

@@ -4,7 +4,7 @@ Whoever connects to its socket says {"handles": [[uuid, handle], ...], "fault": 
 the outcome on another; the test gets it on stdout. A fault is what to do, and where:
 
     {"act": "kill" | "stop" | "raise", "at": "begin" | "hello" | "map" | "bucket" | "post_hook" |
-        "finished", "bucket": i}
+        "commit", "bucket": i}
     {"act": "flip", "at": "bucket", "bucket": i}     a bit of that bucket's first tensor, as it is loaded
     {"act": "limit", "nbytes": n}     the address space may grow by n bytes only, while the update lasts
     {"act": "flip", "at": "slot", "bucket": i}     a bit of the ring, when that bucket is announced
@@ -111,8 +111,6 @@ class SteeredWorkerProcess:
             self.unreliable.send(message, lambda one: real_send(connection, one), connection.lifeline)
             if isinstance(message, messages.Hello):
                 self.at("hello")
-            if isinstance(message, messages.Finished):
-                self.at("finished")
 
         def receive(connection: ServerConnection, *arguments: Any) -> messages.ServerMessage:  # noqa: ANN401
             message = real_receive(connection, *arguments)
@@ -120,6 +118,8 @@ class SteeredWorkerProcess:
                 self.starts = [bucket.ring_offset for bucket in message.buckets]
             elif isinstance(message, messages.BucketReady):
                 self.at("slot", message.index)
+            elif isinstance(message, messages.Commit):
+                self.at("commit")
             return message
 
         def mapped(*arguments: Any) -> Any:  # noqa: ANN401
