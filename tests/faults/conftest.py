@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reports_for_fault_tests import Reports
@@ -13,6 +15,18 @@ from world_for_fault_tests import NewWorld, World, Worlds
 from tests.support.steered import Engines, Fleet
 
 _REPORTS = Reports()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    # Where several processes run the tests, their reports go to the one that has them run.
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["faults"] = _REPORTS.seconds
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401 - xdist's
+    for fault, seconds in getattr(node, "workeroutput", {}).get("faults", {}).items():
+        _REPORTS.add(fault, seconds, math.inf)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

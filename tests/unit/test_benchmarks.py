@@ -20,8 +20,11 @@ ROOT = Path(__file__).parents[2]
     [
         ("broadcast", ["--mib", "1", "--ranks", "2", "--rounds", "1"], 3),
         ("register", ["--gib", "0.002", "--rounds", "1", "--json"], 4),
-        ("update", ["--gib", "0.01", "--tensor-mib", "1", "--ranks", "2", "--rounds", "1"], 3),
-        ("update", ["--gib", "0.01", "--tensor-mib", "1", "--rounds", "1", "--keep-buffers"], 3),
+        (
+            "update",
+            ["--gib", "0.01", "--tensor-mib", "1", "--ranks", "2", "--rounds", "1", "--keep-buffers"],
+            3,
+        ),
         (
             "join",
             ["--size", "tiny", "--joiners", "2", "--rounds", "1", "--tokens", "1", "--seconds", "0.5"],

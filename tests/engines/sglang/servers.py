@@ -104,7 +104,8 @@ class Server:
                 str(cores[rank % len(cores)]) for rank in range(self.rank_count)
             )
         command = [
-            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
+            *(sys.executable, "-m", *(("tests.support.forking",) if device == "cpu" else ())),
+            *("sglang.launch_server", "--model-path", str(model)),
             *("--host", address, "--port", str(self.port), "--tp-size", str(tp_size)),
             *(("--pp-size", str(pp_size)) if pp_size > 1 else ()),
             *("--load-format", "dummy" if dummy else "auto", "--device", device),

@@ -18,6 +18,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+from tests.engines.vllm.light import make_light
+
 if TYPE_CHECKING:
     from ckpt_engine import ParameterServer
 
@@ -117,6 +119,7 @@ class Offline:
 
 
 def main() -> None:
+    make_light()
     answers = os.fdopen(int(sys.argv[1]), "w")
     offline = Offline()
     for line in sys.stdin:

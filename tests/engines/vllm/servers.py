@@ -49,8 +49,8 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.rpc_url = f"{self.url}/collective_rpc"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-        command += ["--served-model-name", "model"]
+        command = [sys.executable, "-m", "tests.engines.vllm.light", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model), "--served-model-name", "model"]
         command += ["--host", "127.0.0.1", "--port", str(port)] if uds is None else ["--uds", str(uds)]
         command += ["--tensor-parallel-size", str(tensor_parallel_size), "--worker-extension-cls", EXTENSION]
         command += ["--max-model-len", "2048", "--max-num-seqs", "8", "--seed", "0", *options]
