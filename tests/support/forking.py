@@ -1,7 +1,8 @@
 """`python -m tests.support.forking MODULE ARGUMENTS`: as `python -m MODULE ARGUMENTS`, but the processes that
 it would spawn are forked.
 
-Not for what uses CUDA. An engine's processes each import the same for ten seconds before they do anything: here they have it at once.
+An engine's processes each import the same for ten seconds before they do anything: here they have it at once.
+Not for what uses CUDA.
 """
 
 from __future__ import annotations
