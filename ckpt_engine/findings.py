@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 
 from ckpt_engine.settings import Settings
 
@@ -37,3 +38,11 @@ class Finding:
 
 Find = Callable[[Settings, Mapping[str, str]], Iterable[Finding]]
 """Looks at this machine, with the settings and the environment of the command; changes nothing."""
+
+
+def installed_version(package: str) -> str | None:
+    """Of a distribution; None: it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

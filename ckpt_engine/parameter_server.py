@@ -13,8 +13,8 @@ from __future__ import annotations
 import atexit
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from os import PathLike
 from types import TracebackType
@@ -26,6 +26,8 @@ from torch._C._distributed_c10d import PrefixStore
 
 from ckpt_engine.checkpoint import CheckpointRegistry, FileSelection, HostCheckpoint, Share
 from ckpt_engine.checkpoint.progress import Progress
+from ckpt_engine.checkpoint.state_dict import Cast, Rename, read_state_dict
+from ckpt_engine.collecting import BUCKET_NBYTES, Collecting
 from ckpt_engine.deadline import Deadline, Timeout, deadline_of
 from ckpt_engine.devices import detect_device, device_count, make_device, numa_place_of
 from ckpt_engine.errors import (
@@ -118,6 +120,7 @@ class ParameterServer:
         self._failed: dict[str, ErrorRecord] = {}
         self._gathered = GatheredMetas(self.rank)
         self._gathering = Gathering()
+        self._collecting = Collecting(release_group=self.settings.release_groups)
         self._p2p = P2PEnds(
             self.settings,
             self._device,
@@ -174,7 +177,7 @@ class ParameterServer:
             HostMemoryError: it does not fit, or cannot be pinned. Nothing is registered, and no file
                 removed, after any failure.
         """
-        try:
+        with self._registering(checkpoint_name):
             self._registry.register(
                 checkpoint_name,
                 files=files,
@@ -184,15 +187,69 @@ class ParameterServer:
                 digests=self.settings.verify != "off" if digests is None else digests,
                 on_progress=on_progress,
             )
+
+    @contextmanager
+    def _registering(self, checkpoint_name: str) -> Iterator[None]:
+        """Remembers a failure: the other ranks wait for this one in gather_metas, where they get to know."""
+        try:
+            yield
         except CheckpointExistsError:
             raise
         except Exception as error:
-            # The other ranks wait for this one in gather_metas: there they get to know.
             self._failed[checkpoint_name] = ErrorRecord.from_exception(
                 error, rank=self.rank, host=self.settings.host_id, stage="register"
             )
             raise
         self._failed.pop(checkpoint_name, None)
+
+    def register_state_dict(
+        self,
+        checkpoint_name: str,
+        state_dict: Mapping[str, torch.Tensor],
+        *,
+        rename: Rename | None = None,
+        dtype: Cast | None = None,
+        use_shared_memory_pool: bool = False,
+        digests: bool | None = None,
+        bucket_nbytes: int = BUCKET_NBYTES,
+        timeout: Timeout = TEN_MINUTES,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Registers a trainer's state dict, sharded or not. Every rank must call it, as the same rank.
+
+        Each tensor becomes whole in the host memory of one rank; ranks get about equal shares. Shards go
+        straight there: beside its share no rank ever has more of the model than two buckets. All ranks
+        succeed, or none; follow with `gather_metas`.
+
+        Args:
+            state_dict: plain tensors and DTensors (FSDP2, tensor parallel), such as `model.state_dict()`.
+                What several ranks have under one name is the same tensor, and is registered once. Sums that
+                are still to be made (Partial) are made.
+            rename: the trainer's name -> the engine's; None leaves an entry out.
+            dtype: floating-point tensors of 2 bytes and more are cast to it, before they travel; or a
+                function of the engine's name (None: as it is).
+            use_shared_memory_pool, digests, on_progress: as of `register_checkpoint`.
+            bucket_nbytes: what travels to a rank at a time, unless one tensor is larger. Alike on all ranks.
+
+        Raises:
+            ConfigError, CheckpointError, HostMemoryError: on the rank where it is so, or where all see it.
+            UpdateError: and on the others; also where a rank did not come. Nothing is registered.
+        """
+        if type(bucket_nbytes) is not int or bucket_nbytes < 1:
+            raise ConfigError(f"bucket_nbytes={bucket_nbytes!r}: give a number of bytes of at least 1")
+        deadline = deadline_of(timeout)
+        control = self._rank(deadline).control
+        with (
+            self._registering(checkpoint_name),
+            self._collecting.collection(control, checkpoint_name, bucket_nbytes, deadline) as incoming,
+        ):
+            self._registry.register(
+                checkpoint_name,
+                incoming=incoming(lambda: read_state_dict(state_dict, rename, dtype)),
+                use_shared_memory_pool=use_shared_memory_pool,
+                digests=self.settings.verify != "off" if digests is None else digests,
+                on_progress=on_progress,
+            )
 
     def unregister_checkpoint(self, checkpoint_name: str, force: bool = False) -> None:
         """Frees the memory of a checkpoint; that of one in the shared memory pool is kept for the next one.
@@ -463,6 +520,7 @@ class ParameterServer:
         with ExitStack() as ending:  # The last first, and each whatever the others raise.
             if me is not None:
                 ending.callback(me.close)
+            ending.callback(self._collecting.drop_group)
             if self._owns_default_group and dist.is_initialized():
                 self._owns_default_group = False
                 ending.callback(dist.destroy_process_group)

@@ -22,7 +22,7 @@ from ckpt_engine.checkpoint.mapped_file import MappedFile
 from ckpt_engine.checkpoint.packing import BUFFER_LIMIT, pack
 from ckpt_engine.checkpoint.pool import ArenaPool
 from ckpt_engine.checkpoint.progress import Meter, Progress
-from ckpt_engine.checkpoint.sources import FileSource, Source, collect_sources
+from ckpt_engine.checkpoint.sources import FileSource, Incoming, Source, collect_sources
 from ckpt_engine.checkpoint.strided_reads import file_pieces, replica_checks
 from ckpt_engine.checkpoint.tensor_copies import copy_tasks, cut_copies, wait_for_producers
 from ckpt_engine.errors import clear_frames
@@ -36,6 +36,7 @@ def load(
     files: Sequence[FileSource] | None = None,
     named_tensors: Mapping[str, torch.Tensor] | None = None,
     *,
+    incoming: Incoming | None = None,
     threads: int | None = None,
     huge_pages: bool | None = None,
     buffer_limit: int = BUFFER_LIMIT,
@@ -47,8 +48,9 @@ def load(
 ) -> HostCheckpoint:
     """Loads files and copies tensors (of any device and strides) into a new arena, or into the pool's.
 
-    No sources at all make an empty share. `threads`: default min(16, 2 * CPUs). `huge_pages`, `cpus`: as of
-    `HostArena`; a pool has its own. `buffer_limit`: bytes of a host buffer, unless one tensor is larger.
+    No sources at all make an empty share. `incoming`: tensors that are brought once all others are there.
+    `threads`: default min(16, 2 * CPUs). `huge_pages`, `cpus`: as of `HostArena`; a pool has its own.
+    `buffer_limit`: bytes of a host buffer, unless one tensor is larger.
     `pinner`: pins all of it, before this returns. `in_place`: `.safetensors` files below /dev/shm are mapped
     and pinned where they are; `unlink_files` of the result removes them, when its caller is sure of it.
     Without a pinner, and into a pool, they are copied like all others. `pool`: the caller has it for itself
@@ -62,7 +64,7 @@ def load(
         HostMemoryError: too little host memory, or it cannot be pinned.
         After any failure, KeyboardInterrupt included, no file is held, and no memory but what the pool had.
     """
-    sources = collect_sources(files, named_tensors)
+    sources = collect_sources(files, named_tensors, incoming)
     taken = _in_place(sources, pinner, pool) if in_place else []
     copied = _without(sources, taken)
     packed = pack([source.spec for source in copied.values()], buffer_limit)
@@ -88,7 +90,10 @@ def load(
         wait_for_producers(copy.source for copy in copies)
         tasks = copy_tasks(copies, arena, meter.add)
         tasks += _file_tasks(arena, copied, places, shared_files, meter)
-        _fill(arena, mapped, tasks, threads, pinner, from_device=any(copy.device for copy in copies))
+        ahead = incoming is not None or any(copy.device for copy in copies)
+        _fill(arena, mapped, tasks, threads, pinner, ahead=ahead)
+        if incoming is not None:
+            incoming.bring(partial(_place, arena, copied, places), meter.add)
         buffers = [(file, part.host_buffers(buffer_limit)) for file, part in zip(mapped, taken, strict=True)]
         checkpoint = HostCheckpoint.of(name, arena, packed, buffers, pooled=pool is not None)
         if pool is not None:
@@ -105,6 +110,14 @@ def load(
     finally:
         for shared in shared_files:
             shared.close()
+
+
+def _place(
+    arena: HostArena, sources: Mapping[str, Source], places: Mapping[str, int], name: str
+) -> torch.Tensor:
+    spec = sources[name].spec
+    dtype = getattr(torch, spec.dtype)
+    return arena.view(places[name], spec.nbytes).view(dtype).view(spec.shape)
 
 
 def _in_place(
@@ -135,7 +148,7 @@ def _fill(
     threads: int,
     pinner: HostMemoryPinner | None,
     *,
-    from_device: bool,
+    ahead: bool,
 ) -> None:
     """Runs `tasks`, which fill the arena, and pins everything; afterwards every page is there.
 
@@ -143,13 +156,13 @@ def _fill(
     read, which takes little more than the longer of the two alone. Copies from a device wait for the pin:
     into pinned memory they run at the bus's speed, into other memory through the driver's own buffers.
     """
-    if pinner is not None or from_device:  # one thread alone copies from a device
+    if pinner is not None or ahead:  # one thread alone copies from a device
         arena.populate()
         arena.populated = True
     if pinner is not None:
         _run_all([piece for file in mapped for piece in file.populate_pieces()], threads)
         pins = [partial(arena.pin, pinner), *(partial(file.pin, pinner) for file in mapped)]
-        if from_device:
+        if ahead:
             _run_all(pins, threads)
         else:
             tasks = [*pins, *tasks]

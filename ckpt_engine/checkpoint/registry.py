@@ -12,7 +12,7 @@ from ckpt_engine.checkpoint.host_checkpoint import HostCheckpoint
 from ckpt_engine.checkpoint.loader import load
 from ckpt_engine.checkpoint.pool import ArenaPool
 from ckpt_engine.checkpoint.progress import Progress
-from ckpt_engine.checkpoint.sources import FileSource
+from ckpt_engine.checkpoint.sources import FileSource, Incoming
 from ckpt_engine.checkpoint.tensor_copies import has_lone_surrogate
 from ckpt_engine.errors import CheckpointError, CheckpointExistsError, ConfigError, UnknownCheckpointError
 from ckpt_engine.host_memory import HostMemoryPinner
@@ -51,6 +51,7 @@ class CheckpointRegistry:
         *,
         files: Sequence[FileSource] | None = None,
         named_tensors: Mapping[str, torch.Tensor] | None = None,
+        incoming: Incoming | None = None,
         use_shared_memory_pool: bool = False,
         use_inplace_pin_memory: bool = False,
         digests: bool = False,
@@ -63,7 +64,7 @@ class CheckpointRegistry:
             use_inplace_pin_memory: files below /dev/shm stay where they are (`loader.load`: `in_place`), and
                 their names are removed once everything is registered, if all of their tensors were taken.
             digests: make one of each tensor.
-            on_progress: as of `loader.load`.
+            incoming, on_progress: as of `loader.load`.
 
         Raises:
             ConfigError: the name is empty, or an argument is not what it may be.
@@ -87,6 +88,7 @@ class CheckpointRegistry:
                 checkpoint_name,
                 files,
                 named_tensors,
+                incoming=incoming,
                 threads=self._threads,
                 huge_pages=self._huge_pages,
                 pinner=self._pinner,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +25,23 @@ FileSource = str | os.PathLike[str] | FileSelection
 """A `.safetensors` or `.npy` file, or some of its tensors."""
 
 
+Places = Callable[[str], torch.Tensor]
+"""A tensor's name -> its place in host memory: a contiguous tensor of its dtype and shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """Tensors that are brought once there is a place for them: `bring(places, done)` fills all of it, and
+    calls `done` with bytes that are there."""
+
+    specs: Sequence[TensorSpec]
+    bring: Callable[[Places, Callable[[int], object]], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a tensor comes from: an entry of a file, shards in several files, or a tensor of the caller."""
+    """Where a tensor comes from: an entry of a file, shards in several files, a tensor of the caller; where
+    there is none of them, from `Incoming`."""
 
     spec: TensorSpec
     of_file: tuple[SafetensorsHeader, HeaderEntry] | None = None
@@ -37,11 +51,15 @@ class Source:
     def __str__(self) -> str:
         if self.sharded is not None:
             return str(self.sharded.shards[0].path)
+        if self.of_file is None and self.tensor is None:
+            return "what is incoming"
         return "named_tensors" if self.of_file is None else str(self.of_file[0].path)
 
 
 def collect_sources(
-    files: Sequence[FileSource] | None, named_tensors: Mapping[str, torch.Tensor] | None
+    files: Sequence[FileSource] | None,
+    named_tensors: Mapping[str, torch.Tensor] | None,
+    incoming: Incoming | None = None,
 ) -> dict[str, Source]:
     """Reads all headers; tensor name -> its one source."""
     if isinstance(files, (str, bytes, os.PathLike, FileSelection)):
@@ -72,6 +90,8 @@ def collect_sources(
         add(Source(spec, sharded=sharded))
     for name, tensor in (named_tensors or {}).items():
         add(Source(tensor_spec(name, tensor), tensor=tensor))
+    for spec in incoming.specs if incoming is not None else ():
+        add(Source(spec))
     return sources
 
 

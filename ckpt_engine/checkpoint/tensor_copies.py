@@ -27,30 +27,33 @@ def has_lone_surrogate(text: str) -> bool:
     return False
 
 
-def tensor_spec(name: object, tensor: object) -> TensorSpec:
-    """Checks one item of `named_tensors`.
+def tensor_spec(name: object, tensor: object, argument: str = "named_tensors") -> TensorSpec:
+    """Checks one item of `named_tensors`, or of another argument.
 
     Raises:
         ConfigError: the name is not a non-empty string of Unicode, or the value not a tensor.
         CheckpointError: a tensor whose elements cannot be copied as they are.
     """
     if not isinstance(name, str) or not name:
-        raise ConfigError(f"named_tensors: {name!r} is not a tensor's name (a non-empty string)")
+        raise ConfigError(f"{argument}: {name!r} is not a tensor's name (a non-empty string)")
     if has_lone_surrogate(name):
-        raise ConfigError(f"named_tensors: {name!r} has a lone surrogate, which no message could carry")
+        raise ConfigError(f"{argument}: {name!r} has a lone surrogate, which no message could carry")
     if not isinstance(tensor, torch.Tensor):
-        raise ConfigError(f"named_tensors: {name!r} is a {type(tensor).__name__}, not a torch.Tensor")
+        raise ConfigError(f"{argument}: {name!r} is a {type(tensor).__name__}, not a torch.Tensor")
 
     def refuse(problem: str) -> CheckpointError:
-        return CheckpointError(f"named_tensors: tensor {name!r} {problem}")
+        return CheckpointError(f"{argument}: tensor {name!r} {problem}")
 
     if is_traceable_wrapper_subclass(tensor):
         # A DTensor's shape is the whole tensor's, while its memory is one shard.
-        raise refuse(f"is a {type(tensor).__name__}: give plain tensors (for a DTensor, `.full_tensor()`)")
+        raise refuse(
+            f"is a {type(tensor).__name__}: give plain tensors (for a DTensor `.full_tensor()`, or "
+            "register_state_dict)"
+        )
     if tensor.layout is not torch.strided:
         raise refuse(f"has layout {tensor.layout}, only torch.strided is supported")
     if tensor.device.type == "meta":
-        raise refuse("is on the meta device: it has no data")
+        raise refuse("is on the meta device: it has no data. Give it some first (to_empty, then weights)")
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPE_NBYTES:
         raise refuse(f"has dtype {dtype}, supported are {', '.join(sorted(DTYPE_NBYTES))}")

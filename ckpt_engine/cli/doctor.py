@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 CHECKS: tuple[str, ...] = (
     "ckpt_engine.devices.findings:find",
+    "ckpt_engine.checkpoint.findings:find",
+    "ckpt_engine.ipc.findings:find",
     "ckpt_engine.transport.findings:find",
+    "ckpt_engine.transport.readiness:find",
+    "ckpt_engine_vllm.findings:find",
+    "ckpt_engine_sglang.findings:find",
     "ckpt_engine_ascend.findings:find",
 )
 """`module:function` of each check (`findings.Find`), in the order of what is printed."""

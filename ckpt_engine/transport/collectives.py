@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -26,6 +27,8 @@ BEYOND_DEADLINE = timedelta(seconds=10)
 FORMING_SECONDS = 60.0
 """How long gloo itself waits for the members of a group, all of whom have just met."""
 
+LOOK_SECONDS = 0.0002
+"""Between two looks at what a device does."""
 CLOSE_SECONDS = 1.0
 """How long a caller waits for a group to be gone; longer only where a member is stopped."""
 
@@ -83,20 +86,29 @@ class GlooCollectives:
             return
         assert self._group is not None
         options = _options(root)
-        # The group outlives the update that made it: its own timeout may be shorter than this deadline.
-        options.timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
+        options.timeout = _beyond(deadline)
         work = self._group.broadcast([tensor], options)  # type: ignore[attr-defined]
-        while not work.is_completed():
-            # A slice that times out raises, as a broken connection does: is_completed() tells them apart.
-            with contextlib.suppress(RuntimeError):
-                work.wait(SLICE)
-            poll()
-            if deadline.passed and not work.is_completed():
-                raise _late("a broadcast between hosts did not end")
-        try:
-            work.wait()
-        except RuntimeError as error:
-            raise broken("a broadcast broke", error) from error
+        _wait(work, "a broadcast", "a broadcast between hosts did not end", deadline, poll)
+
+    def exchange(
+        self,
+        arriving: torch.Tensor,
+        leaving: torch.Tensor,
+        to_get: list[int],
+        to_send: list[int],
+        deadline: Deadline,
+        poll: Poll,
+    ) -> None:
+        """Each member sends bytes to each: `leaving` and `arriving` hold what goes to, and comes from, member
+        after member; `to_send` and `to_get` say how many bytes of each. Returns when all is there.
+
+        Raises: as `broadcast`.
+        """
+        assert self._group is not None
+        options = dist.AllToAllOptions()
+        options.timeout = _beyond(deadline)
+        work = self._group.alltoall_base(arriving, leaving, to_get, to_send, options)  # type: ignore[attr-defined]
+        _wait(work, "an exchange", "an exchange did not end", deadline, poll)
 
     def close(self) -> None:
         held = [self._group]
@@ -127,7 +139,7 @@ class DeviceGroup:
         poll: Poll,
     ) -> None:
         self._index = device_index
-        timeout = timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
+        timeout = _beyond(deadline)
         self._group: Any = form_in_thread(
             lambda: self._form(own_part(store, prefix), place, size, timeout), deadline, poll, self._end
         )
@@ -139,6 +151,31 @@ class DeviceGroup:
             self._enqueue(tensor, root)
         except RuntimeError as error:
             raise broken("a broadcast could not be enqueued", error) from error
+
+    def exchange(
+        self,
+        arriving: torch.Tensor,
+        leaving: torch.Tensor,
+        to_get: list[int],
+        to_send: list[int],
+        deadline: Deadline,
+        poll: Poll,
+    ) -> None:
+        """As of `GlooCollectives`."""
+        assert self._group is not None
+        options = dist.AllToAllOptions()
+        options.timeout = _beyond(deadline)
+        module = torch.get_device_module(arriving.device)
+        try:
+            self._group.alltoall_base(arriving, leaving, to_get, to_send, options).wait()
+            end = module.current_stream(arriving.device).record_event()
+            while not end.query():
+                poll()
+                if deadline.passed:
+                    raise _late("an exchange did not end")
+                time.sleep(LOOK_SECONDS)
+        except RuntimeError as error:
+            raise broken("an exchange broke", error) from error
 
     def close(self) -> None:
         group, self._group = self._group, None
@@ -228,14 +265,28 @@ def make_group(
         PeerLost: a member is gone.
         UpdateTimeout: not all came by the deadline.
     """
-    if kind == "nccl":
-        return NcclCollectives(store, name, place, size, device_index, deadline, poll)
-    if kind == "hccl":
-        return HcclCollectives(store, name, place, size, device_index, deadline, poll)
     if kind.startswith("vllm_"):
         from ckpt_engine.transport.vllm_groups import make_vllm_group
 
         return make_vllm_group(kind, store, name, place, size, device_index, deadline, poll)
+    return make_own_group(kind, store, name, place, size, device_index, deadline, poll)
+
+
+def make_own_group(
+    kind: str,
+    store: Store,
+    name: str,
+    place: int,
+    size: int,
+    device_index: int,
+    deadline: Deadline,
+    poll: Poll,
+) -> GlooCollectives | DeviceGroup:
+    """As `make_group`, but for the kinds `nccl`, `hccl` and `gloo` only, which can exchange, too."""
+    if kind == "nccl":
+        return NcclCollectives(store, name, place, size, device_index, deadline, poll)
+    if kind == "hccl":
+        return HcclCollectives(store, name, place, size, device_index, deadline, poll)
     return GlooCollectives(store, name, place, size, deadline, poll)
 
 
@@ -243,6 +294,32 @@ def own_part(store: Store, prefix: str) -> Store:
     """The group's part of the store through a connection of its own: a client serves one call at a time, and
     a group that is never completed waits in one."""
     return PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
+
+
+def _wait(
+    work: Any,  # noqa: ANN401 - gloo's
+    what: str,
+    late: str,
+    deadline: Deadline,
+    poll: Poll,
+) -> None:
+    """Waits in slices. Raises PeerLost, UpdateTimeout, and what `poll` raises."""
+    while not work.is_completed():
+        # A slice that times out raises, as a broken connection does: is_completed() tells them apart.
+        with contextlib.suppress(RuntimeError):
+            work.wait(SLICE)
+        poll()
+        if deadline.passed and not work.is_completed():
+            raise _late(late)
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise broken(f"{what} broke", error) from error
+
+
+def _beyond(deadline: Deadline) -> timedelta:
+    """For a group's own timeout: it outlives the call that made it, and may be shorter than this deadline."""
+    return timedelta(seconds=deadline.remaining) + BEYOND_DEADLINE
 
 
 def _options(root: int) -> dist.BroadcastOptions:
