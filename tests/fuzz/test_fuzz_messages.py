@@ -41,6 +41,13 @@ def decode_begin(frame: bytes) -> object:
     return message
 
 
+def decode_met(frame: bytes) -> object:
+    message = control.decode_server_frame(frame)
+    if isinstance(message, control.Met):
+        message.brought()
+    return message
+
+
 DECODERS: dict[str, tuple[Callable[[bytes], object], list[Any]]] = {
     "worker's messages": (
         ipc.decode_worker_message,
@@ -58,10 +65,10 @@ DECODERS: dict[str, tuple[Callable[[bytes], object], list[Any]]] = {
         ],
     ),
     "control server's messages": (
-        control.decode_server_frame,
+        decode_met,
         [
             control.Entered(1, 2),
-            control.Met(1, (b"x", None), {1: "gone"}),
+            control.Met.of(1, [b"x", None], {1: "gone"}),
             control.Decided(1, control.Verdict(record=RECORD)),
         ],
     ),
