@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property, partial
@@ -25,6 +26,8 @@ from ckpt_engine.settings import Settings
 CONTROL_SOCKET = "control"
 LATE_SECONDS = 60.0
 """How long ranks may take to meet at a store that is made after the ranks met."""
+LONGEST_PAUSE_SECONDS = 0.25
+"""Between two looks whether rank 0 is there; the first ones follow each other sooner."""
 
 _GENERATIONS = itertools.count()
 
@@ -111,24 +114,28 @@ def own_store(
             f"world_size={world_size}, but nothing says where rank 0 is: give master_addr and "
             "master_port, or start the ranks with torchrun (MASTER_ADDR, MASTER_PORT)"
         )
-    store = partial(_tcp_store, rank, world_size, address, port, deadline)
+    store = partial(_tcp_store, rank, world_size, address, port)
     # A launcher that starts all ranks of the world on this host says so.
     if directory is None or (world_size > 1 and settings.local_world_size != world_size):
-        point = MeetingPoint(store, address)
-        _ = point.store
-        return point
+        made = store(deadline)
+        return MeetingPoint(lambda: made, address)
+
+    def late() -> Store:
+        # Not what is left of a deadline that may be past.
+        return store(deadline if deadline.remaining > 1.0 else Deadline.after(LATE_SECONDS))
+
     if rank:
-        return MeetingPoint(store, address, published_directory(directory.base, port) / CONTROL_SOCKET)
+        return MeetingPoint(late, address, published_directory(directory.base, port) / CONTROL_SOCKET)
     if world_size > 1:
         directory.publish(port, deadline)
-    return MeetingPoint(store, address, directory.path / CONTROL_SOCKET)
+    return MeetingPoint(late, address, directory.path / CONTROL_SOCKET)
 
 
 def _tcp_store(rank: int, world_size: int, address: str, port: int, deadline: Deadline) -> Store:
-    # A store that is made late must not have the rest of a deadline that is past.
-    timeout = timedelta(seconds=deadline.remaining if deadline.remaining > 1.0 else LATE_SECONDS)
+    timeout = timedelta(seconds=max(1.0, deadline.remaining))
     try:
         if rank:
+            _wait_for_listener(address, port, deadline)
             return TCPStore(address, port, world_size, timeout=timeout, wait_for_workers=False)
         # Bound to the address that the others use, not to every interface of the host.
         family = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0]
@@ -147,6 +154,33 @@ def _tcp_store(rank: int, world_size: int, address: str, port: int, deadline: De
             f"rank {rank} cannot {'serve' if rank == 0 else 'reach'} the control store at {address}:{port}: "
             f"{error}. It is MASTER_ADDR and MASTER_PORT + 1 unless master_addr and master_port are given"
         ) from error
+
+
+def _wait_for_listener(address: str, port: int, deadline: Deadline) -> None:
+    """Until something listens there. torch would wait too, but no signal ends its wait: a launcher that ends
+    this rank would have to kill it. Raises OSError: nothing does at the deadline."""
+
+    def listens() -> bool:
+        try:
+            socket.create_connection((address, port), timeout=max(0.001, deadline.remaining)).close()
+        except OSError:
+            if deadline.passed:
+                raise
+            return False
+        return True
+
+    wait_until(listens, deadline)
+
+
+def wait_until(come: Callable[[], bool], deadline: Deadline) -> bool:
+    """Asks `come` again and again, and lets signals be handled meanwhile; False at the deadline."""
+    pause = 0.01
+    while not come():
+        if deadline.passed:
+            return False
+        time.sleep(min(pause, deadline.remaining))
+        pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
+    return True
 
 
 def host_ip(towards: str | None) -> str:

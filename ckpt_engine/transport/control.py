@@ -19,7 +19,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from torch._C._distributed_c10d import Store
@@ -34,7 +33,7 @@ from ckpt_engine.errors import (
     UpdateError,
 )
 from ckpt_engine.transport import control_messages as messages
-from ckpt_engine.transport.bootstrap import MeetingPoint
+from ckpt_engine.transport.bootstrap import MeetingPoint, wait_until
 from ckpt_engine.transport.control_messages import Verdict
 from ckpt_engine.transport.control_server import BEAT_SECONDS, ControlServer
 from ckpt_engine.transport.framing import LENGTH, FrameBuffer, receive
@@ -119,7 +118,8 @@ class Control:
         if self._meeting_point.path is not None:
             # The kernel tells both sides who the other one is.
             return _connect_to(self._meeting_point.path, deadline), ""
-        self.store.wait(["control"], timedelta(seconds=max(0.001, deadline.remaining)))
+        if not wait_until(lambda: self.store.check(["control"]), deadline):
+            raise TimeoutError("it has not said where it is")
         where = json.loads(self.store.get("control"))
         address = (where["address"], where["port"])
         sock = socket.create_connection(address, timeout=max(0.001, deadline.remaining))

@@ -164,7 +164,7 @@ def test_a_rank_that_finds_no_store_says_where_it_looked() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(ConfigError, match=rf"rank 1 cannot reach .* 127\.0\.0\.1:{port}.*MASTER_PORT"):
-        own_store(1, 2, "127.0.0.1", port, Settings(), Deadline.after(2))
+        own_store(1, 2, "127.0.0.1", port, Settings(), Deadline.after(0.1))
 
 
 def test_a_taken_port_is_named() -> None:
