@@ -36,7 +36,7 @@ from ckpt_engine.errors import (
 )
 from ckpt_engine.ipc import messages
 from ckpt_engine.ipc.connection import LEAVE_SECONDS, ServerConnection
-from ckpt_engine.ipc.verification import Loaded, Verification
+from ckpt_engine.ipc.verification import NAMES_SHOWN, Loaded, Verification
 from ckpt_engine.ipc.views import RingViews
 from ckpt_engine.settings import load_settings
 
@@ -50,7 +50,6 @@ update with no worker touched."""
 
 _M = TypeVar("_M", bound=messages.ServerMessage)
 
-NAMES_SHOWN = 16
 DECISION_GRACE_SECONDS = 30.0
 """How much longer than the update's own deadline a worker waits to hear how it ended."""
 

@@ -12,14 +12,12 @@ from contextlib import contextmanager
 
 import torch
 
-from ckpt_engine.loading.recording import Recording
+from ckpt_engine.loading.recording import Layout, Recording, layout_of
 from ckpt_engine.loading.rehearsal import NotRehearsable, WeightsMismatch, bare_tensors, named_parameters
 from ckpt_engine_sglang import versions
 
 _ATTRIBUTE = "_ckpt_engine_layouts"
 _SHOWN = 3
-Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-"""Shape, strides (a square matrix may be transposed) and dtype."""
 
 
 def remember(model: torch.nn.Module, *_args: object, **_options: object) -> None:
@@ -88,7 +86,7 @@ def check_dtypes(recording: Recording, parameters: Mapping[str, torch.Tensor]) -
 
 
 def _layouts(parameters: Mapping[str, torch.Tensor]) -> dict[str, Layout]:
-    return {name: (tuple(tensor.shape), tensor.stride(), tensor.dtype) for name, tensor in parameters.items()}
+    return {name: layout_of(tensor) for name, tensor in parameters.items()}
 
 
 def _text(layout: Layout) -> str:

@@ -11,6 +11,7 @@ import torch
 from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.loading.completeness import Rules, check_complete, parameters_in
+from ckpt_engine.loading.loaded import LoadedModel
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import NotRehearsable, named_parameters, rehearse
 from ckpt_engine_sglang import layouts, versions
@@ -125,6 +126,11 @@ class Model:
             self.recording, self.quantized_parameters(), repacked=self._live is not None
         )
         check_complete(self.recording, rules, optional)
+
+    def loaded(self) -> LoadedModel:
+        """For what is compared once it is loaded."""
+        assert self.recording is not None
+        return self._model, self.recording, str
 
     def give_up(self) -> None:
         """After a failure: what was restored for loading must be what the forward pass expects again."""

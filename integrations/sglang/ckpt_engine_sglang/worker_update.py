@@ -17,6 +17,7 @@ from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import refuse_update, serve_update
 from ckpt_engine.loading.completeness import Rules, check_names, check_shapes
+from ckpt_engine.loading.loaded import LoadedModel, LoadedTensors
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine_sglang import versions
 from ckpt_engine_sglang.device_identity import device_of
@@ -53,7 +54,7 @@ class WorkerUpdate:
         committed = status["outcome"] == "committed"
         message = (
             f"{status['tensors']} tensors ({status['bytes']} bytes) are in place on all ranks, as version "
-            f"{status['version']} of the parameter servers."
+            f"{status['version']} of the parameter servers.{_verified(status)}"
             if committed
             else f"{status['error']}"
         )
@@ -88,6 +89,7 @@ class WorkerUpdate:
             prepare=self._prepare,
             run=self._run,
             post_hook=self._finish,
+            loaded=LoadedTensors(self._loaded_models),
         )
 
     # The receiver's calls
@@ -135,6 +137,9 @@ class WorkerUpdate:
         for model in self._models:
             model.finish(self._rules)
         self._check_names(self._layouts, [model.recording for model in self._models if model.recording])
+
+    def _loaded_models(self) -> list[LoadedModel]:
+        return [model.loaded() for model in self._models if model.recording is not None]
 
     # Before
 
@@ -192,6 +197,16 @@ class WorkerUpdate:
         except Exception:
             logger.exception("the caches: failed")
             return message
+
+
+def _verified(status: Mapping[str, Any]) -> str:
+    """What this rank compared, where anything was; SGLang's answer has no other place for it."""
+    counts = status["verified"]
+    if not counts:
+        return ""
+    left_out = status["not_compared"]
+    told = f" Verified: {counts['arrived']} as they arrived, {counts['loaded']} as they were loaded"
+    return f"{told}; not as loaded: {', '.join(left_out)} ..." if left_out else f"{told}."
 
 
 def _log_failure(what: str, work: Any) -> None:  # noqa: ANN401 - a function without arguments

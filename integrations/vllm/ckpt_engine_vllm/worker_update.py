@@ -15,6 +15,7 @@ from ckpt_engine.errors import ConfigError
 from ckpt_engine.ipc.messages import TensorLayout
 from ckpt_engine.ipc.receiver import failed_status, refuse_update, serve_update
 from ckpt_engine.loading.completeness import Rules, check_complete, check_names, check_shapes, parameters_in
+from ckpt_engine.loading.loaded import LoadedModel, LoadedTensors
 from ckpt_engine.loading.recording import Recording
 from ckpt_engine.loading.rehearsal import named_parameters
 from ckpt_engine.state import SERVING_INITIAL, WeightsState
@@ -123,6 +124,7 @@ class WorkerUpdate:
                 prepare=self._prepare,
                 run=self._run,
                 post_hook=self._finish,
+                loaded=LoadedTensors(self._loaded_models),
                 time_limit=self._time_limit,
             )
             self._remember(status)
@@ -201,6 +203,11 @@ class WorkerUpdate:
         except Moved as error:
             self._state.moved = str(error)
             raise
+
+    def _loaded_models(self) -> list[LoadedModel]:
+        assert self._state.rehearsed is not None
+        recordings = self._state.rehearsed[1]
+        return [(part.model, recordings[part.name], part.own_name) for part, _ in self._parts]
 
     def _remember(self, status: dict[str, Any]) -> None:
         """Ends the reload, and keeps how it ended. Adds to the status what is this engine's."""

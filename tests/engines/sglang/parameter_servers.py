@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from ckpt_engine import ParameterServer
+from ckpt_engine.settings import Verify
 from ckpt_engine.update.session import UpdateReport
 from tests.engines.sglang.servers import Server, end_group
 from tests.integration.conftest import free_port
@@ -37,6 +38,7 @@ def update_from(
     slot_nbytes: int | None = None,
     timeout: float = 120,
     ask: Callable[[SocketPaths], object] | None = None,
+    verify: Verify = "off",
     **options: Any,  # noqa: ANN401 - of SglangServer.update
 ) -> UpdateReport:
     """One update of a server with one rank, as a program would do it that has both in its hands."""
@@ -45,13 +47,15 @@ def update_from(
         if slot_nbytes is not None:
             patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))
         with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
+            digests = verify != "off"
             if isinstance(checkpoint, Path):
-                ps.register_checkpoint("new", files=[str(checkpoint / "model.safetensors")])
+                files = [str(checkpoint / "model.safetensors")]
+                ps.register_checkpoint("new", files=files, digests=digests)
             else:
-                ps.register_checkpoint("new", named_tensors=dict(checkpoint))
+                ps.register_checkpoint("new", named_tensors=dict(checkpoint), digests=digests)
             ps.gather_metas("new")
             call = ask or (lambda paths: server.client.update(paths, timeout - 20, **options))
-            return ps.update("new", call, timeout=timeout)
+            return ps.update("new", call, timeout=timeout, verify=verify)
 
 
 def command_line(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:

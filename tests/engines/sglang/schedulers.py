@@ -14,6 +14,7 @@ from ckpt_engine_sglang.options import MARK
 from ckpt_engine_sglang.worker_update import WorkerUpdate
 
 from ckpt_engine import ParameterServer
+from ckpt_engine.settings import Verify
 
 NamedTensors = Iterable[tuple[str, torch.Tensor]]
 SEED = 20261124
@@ -87,7 +88,12 @@ def runner(model: torch.nn.Module, path: str = "/models/m") -> Any:  # noqa: ANN
 
 
 def update(
-    scheduler: Scheduler, tensors: dict[str, torch.Tensor], *, slot_nbytes: int = 2**20, **options: object
+    scheduler: Scheduler,
+    tensors: dict[str, torch.Tensor],
+    *,
+    slot_nbytes: int = 2**20,
+    verify: Verify = "off",
+    **options: object,
 ) -> tuple[bool, str]:
     """One update; the handler's answer. Raises what the parameter server raises."""
     answer: list[tuple[bool, str]] = []
@@ -99,9 +105,9 @@ def update(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))
         with ParameterServer(rank=0, world_size=1, device="cpu") as ps:
-            ps.register_checkpoint("new", named_tensors=tensors)
+            ps.register_checkpoint("new", named_tensors=tensors, digests=verify != "off")
             ps.gather_metas("new")
-            ps.update("new", ask, timeout=60)
+            ps.update("new", ask, timeout=60, verify=verify)
     return answer[0]
 
 

@@ -11,7 +11,13 @@ import torch
 from ckpt_engine_sglang.worker_update import INCOMPLETE
 
 from ckpt_engine.errors import UpdateError
-from tests.engines.sglang.parameter_servers import command_line, outcomes, tensors_of, update_from
+from tests.engines.sglang.parameter_servers import (
+    SocketPaths,
+    command_line,
+    outcomes,
+    tensors_of,
+    update_from,
+)
 from tests.engines.sglang.servers import STALL_SECONDS, Checkpoints, Server
 
 pytestmark = pytest.mark.timeout(600)
@@ -74,6 +80,25 @@ def test_another_dtype_is_converted(server: Server, disk_server: Server, checkpo
     tensors = {name: tensor.float() for name, tensor in tensors_of(checkpoints("llama", 1)).items()}
     update_from(server, tensors)
     assert server.state() == disk_server.state()
+
+
+def test_it_is_verified_in_full(server: Server, checkpoints: Checkpoints) -> None:
+    """A bit that flips in a parameter once it is loaded is named by the tensor that it belongs to."""
+    count = len(tensors_of(checkpoints("llama", 1)))
+    told: list[str] = []
+
+    def ask(paths: SocketPaths) -> None:
+        told.append(server.client.update(paths, 100))
+
+    update_from(server, checkpoints("llama", 1), verify="full", slot_nbytes=64 * 1024, ask=ask)
+    assert f"Verified: {count} as they arrived, {count} as they were loaded." in told[0]
+    for parameter, tensor in (("norm", "norm"), ("layers.0.self_attn.qkv_proj", "layers.0.self_attn.q_proj")):
+        server.fail(flip=f"model.{parameter}.weight", rank=0)
+        with pytest.raises(UpdateError, match=f"tensor 'model.{tensor}.weight' .*was loaded as other bytes"):
+            update_from(server, checkpoints("llama", 1), verify="full")
+        server.fail()
+        assert server.client.weight_version() == INCOMPLETE
+    update_from(server, checkpoints("llama", 1), verify="full")
 
 
 LAYER = "model.layers.0"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from ckpt_engine_sglang import versions
 from ckpt_engine_sglang.options import MARK
 
 from ckpt_engine import ParameterServer
@@ -81,6 +82,38 @@ def test_tensors_of_one_parameter_that_come_in_different_buckets() -> None:
     assert update(Scheduler([("target", runner(model))]), tensors, slot_nbytes=1024)[0]
     assert torch.equal(model.fused, torch.cat([tensors["a"], tensors["b"]]))
     assert torch.equal(model.rest, tensors["rest"])
+
+
+class Inspecting(Plain):
+    """Cannot be rehearsed: looks at values."""
+
+    def load_weights(self, weights: NamedTensors) -> None:
+        given = list(weights)
+        assert not any(tensor.isnan().any() for _, tensor in given)
+        super().load_weights(given)
+
+
+@pytest.mark.parametrize("kind", [Plain, Inspecting])
+def test_what_is_loaded_is_compared_in_full_and_the_rest_is_named(
+    kind: type[Plain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tensors = kind(a=(3, 4), b=(64,), c=(5,)), drawn(a=(3, 4), b=(64,), c=(5,))
+    tensors["c"] = tensors["c"].bfloat16()
+    scheduler = Scheduler([("target", runner(model))])
+    success, message = update(scheduler, tensors, slot_nbytes=256, verify="full")
+    assert success, message
+    assert "Verified: 3 as they arrived, 2 as they were loaded; not as loaded: c" in message
+    real = versions.post_process
+
+    def flipping(of: torch.nn.Module, device: torch.device) -> None:
+        real(of, device)
+        model.b.data.view(torch.uint8)[5] ^= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(versions, "post_process", flipping)
+        with pytest.raises(UpdateError, match=r"tensor 'b' \(bucket \d\) was loaded as other bytes"):
+            update(scheduler, tensors, slot_nbytes=256, verify="full")
+    assert update(scheduler, tensors, slot_nbytes=256, verify="full")[0]
 
 
 def test_nothing_is_touched_under_requests_that_run() -> None:

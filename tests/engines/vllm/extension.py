@@ -83,6 +83,10 @@ class Extension(VllmColocateWorkerExtension):
         if self.rank == rank:  # type: ignore[attr-defined]
             _fail_once(phase, bucket, fifo, raises)
 
+    def test_flip(self, name: str) -> None:
+        """In the next update a bit of the parameter `name` flips once all is loaded."""
+        _flip_once(self.get_model(), name)  # type: ignore[attr-defined]
+
     def test_clean(self) -> None:
         """Takes back what other methods here have changed and a test that failed has left."""
         for method, original in ORIGINALS.items():
@@ -250,6 +254,18 @@ def _count_replays() -> int:
 
 
 ORIGINALS = {name: getattr(worker_update.WorkerUpdate, name) for name in ("_prepare", "_run", "_finish")}
+
+
+def _flip_once(model: torch.nn.Module, name: str) -> None:
+    kind = worker_update.WorkerUpdate
+    original: Callable[..., object] = kind._finish
+
+    def flipping(*args: object) -> None:
+        setattr(kind, "_finish", original)  # noqa: B010 - a method
+        original(*args)
+        model.get_parameter(name).data.view(-1).view(torch.uint8)[5] ^= 16
+
+    setattr(kind, "_finish", flipping)  # noqa: B010 - a method
 
 
 def _fail_once(phase: str, bucket: int, fifo: str | None, raises: bool) -> None:

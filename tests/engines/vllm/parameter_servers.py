@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ckpt_engine import ParameterServer
+from ckpt_engine.settings import Verify
 from ckpt_engine.update.session import UpdateReport
 from tests.engines.vllm.engines import OfflineEngine
 
@@ -21,6 +22,7 @@ def update_from(
     slot_nbytes: int | None = None,
     timeout: float = 120,
     device: str = "cpu",
+    verify: Verify = "off",
     **options: Any,  # noqa: ANN401 - of the worker's method
 ) -> UpdateReport:
     """One update, as a program would do it that has both in its hands."""
@@ -30,7 +32,7 @@ def update_from(
         if status["outcome"] != "committed":
             raise RuntimeError(f"the engine says: {status['error']}")
 
-    return update_by(checkpoint, ask, slot_nbytes=slot_nbytes, timeout=timeout, device=device)
+    return update_by(checkpoint, ask, slot_nbytes=slot_nbytes, timeout=timeout, device=device, verify=verify)
 
 
 def update_by(
@@ -40,6 +42,7 @@ def update_by(
     slot_nbytes: int | None = None,
     timeout: float = 120,
     device: str = "cpu",
+    verify: Verify = "off",
 ) -> UpdateReport:
     """The same, by a program that asks its engine in a way of its own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -48,9 +51,11 @@ def update_by(
         if slot_nbytes is not None:
             patch.setenv("CKPT_ENGINE_SLOT_MIB", str(slot_nbytes / 2**20))
         with ParameterServer(rank=0, world_size=1, device=device) as ps:
+            digests = verify != "off"
             if isinstance(checkpoint, Path):
-                ps.register_checkpoint("new", files=[str(checkpoint / "model.safetensors")])
+                files = [str(checkpoint / "model.safetensors")]
+                ps.register_checkpoint("new", files=files, digests=digests)
             else:
-                ps.register_checkpoint("new", named_tensors=dict(checkpoint))
+                ps.register_checkpoint("new", named_tensors=dict(checkpoint), digests=digests)
             ps.gather_metas("new")
-            return ps.update("new", ask, timeout=timeout)
+            return ps.update("new", ask, timeout=timeout, verify=verify)

@@ -99,6 +99,31 @@ def test_every_border_between_buckets(model: Model) -> None:
     assert max(kept) > 0
 
 
+def test_it_is_verified_in_full(model: Model) -> None:
+    """Of what vLLM keeps packed for its kernels on CPUs, no bytes can be compared, which is told."""
+    names = set(tensor_names(model.paths["a"]))
+    for slot_nbytes in (9000, 10_000_000):
+        update_from(model.engine, model.paths["a"], slot_nbytes=slot_nbytes, verify="full")
+        (status,) = model.engine.rpc("ckpt_engine_status")
+        verified = status["last"]["verified"]
+        assert verified["arrived"] == len(names)
+        left_out = status["last"]["not_compared"]
+        assert verified["loaded"] == len(names) - len(left_out)
+        assert all("proj" in name or "experts" in name or "lm_head" in name for name in left_out), left_out
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"])
+def test_a_bit_that_flips_once_it_is_loaded_is_found_and_named(model: Model, name: str) -> None:
+    model.engine.rpc("test_flip", name)
+    with pytest.raises(UpdateError, match=f"tensor '{name}' .*was loaded as other bytes") as caught:
+        update_from(model.engine, model.paths["a"], verify="full")
+    assert (caught.value.record.error_type, caught.value.record.stage) == ("CorruptionError", "post_hook")
+    (status,) = model.engine.rpc("ckpt_engine_status")
+    assert status["weights"] == "incomplete"
+    update_from(model.engine, model.paths["a"], verify="full")
+    assert model.engine.answers() == model.expected["a"]
+
+
 def test_a_model_that_wants_tensors_together_is_refused_where_they_come_apart(model: Model) -> None:
     """What no later call would mend must be found before the weights are touched."""
     update_from(model.engine, model.paths["a"])

@@ -18,6 +18,7 @@ def loads_and_updates_are_alike(
     engine: OfflineEngine,
     paths: dict[str, Path],
     fleet: Fleet,
+    verifies: bool = False,
     **options: Any,  # noqa: ANN401 - LLM's arguments
 ) -> dict[str, Answers]:
     """Each version is loaded from disk once; the engine that loaded the last one is updated from there on."""
@@ -33,6 +34,11 @@ def loads_and_updates_are_alike(
         assert [status["outcome"] for status in statuses] == ["committed"] * 2, statuses
         assert ["report" in result for result in fleet.results()] == [True] * 2
         assert engine.answers() == expected[version]
+        for status in statuses if verifies else ():
+            # Each worker has a part of the embedding, and all of each norm.
+            verified, left_out = status["verified"], status["not_compared"]
+            assert 0 < verified["loaded"] <= verified["arrived"] == status["tensors"]
+            assert not [name for name in left_out if "embed" in name or "norm" in name], left_out
     return expected
 
 
@@ -41,9 +47,9 @@ def test_they_answer_as_if_loaded_from_disk_update_after_update(
     offline: OfflineEngine, checkpoints: Checkpoints, tmp_path: Path, architecture: str
 ) -> None:
     paths = {version: checkpoints(architecture, version) for version in "ab"}
-    fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB="0.05")
+    fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB="0.05", CKPT_ENGINE_VERIFY="full")
     try:
-        loads_and_updates_are_alike(offline, paths, fleet)
+        loads_and_updates_are_alike(offline, paths, fleet, verifies=True)
     finally:
         fleet.close()
 

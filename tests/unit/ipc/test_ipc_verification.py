@@ -113,3 +113,43 @@ def test_what_was_loaded_wrong_is_told_with_its_bucket() -> None:
 def test_in_full_with_nothing_to_compare_is_no_success() -> None:
     with pytest.raises(ConfigError, match="no tensor of this engine holds one of the 3"):
         verified({})
+
+
+class Halves:
+    """Holds the first half of each tensor, but for `c`, which it cannot tell."""
+
+    def __init__(self) -> None:
+        self.held = {name: tensor.reshape(-1).clone() for name, tensor in TENSORS.items()}
+
+    def __call__(self, name: str) -> list[torch.Tensor]:
+        return []
+
+    def arriving(self, name: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+        flat = tensor.reshape(-1)
+        return [flat[: flat.numel() // 2]]
+
+    def kept(self, name: str) -> list[torch.Tensor]:
+        flat = self.held[name]
+        return [] if name == "c" else [flat[: flat.numel() // 2]]
+
+
+def in_halves(halves: Halves) -> Verification:
+    ring = Bytes(torch.zeros(1 << 20, dtype=torch.uint8))
+    verification = Verification(begin("full"), ring, halves, at_once=False)
+    received(verification, ring)
+    ring.memory.fill_(0xFF)
+    verification.check_arrived()
+    verification.check_loaded()
+    return verification
+
+
+def test_parts_that_an_engine_keeps_are_compared_as_they_arrived() -> None:
+    verification = in_halves(Halves())
+    assert verification.counts == {"arrived": 3, "loaded": 2}
+    assert verification.not_compared == ("c",)
+    halves = Halves()
+    halves.held["a"][-1] += 1
+    in_halves(halves)  # it keeps nothing of that
+    halves.held["a"][0] += 1
+    with pytest.raises(CorruptionError, match=r"'a' \(bucket 0\): the part of it that this rank keeps"):
+        in_halves(halves)

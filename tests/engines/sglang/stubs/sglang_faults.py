@@ -1,7 +1,8 @@
 """A plugin of SGLang's that makes it fail where a test says so.
 
 The file that SGLANG_FAULTS names holds JSON: {"at": "load" | "post_process", "rank": a rank's number,
-"action": "raise" | "exit"}. It is read at each call, so that one server serves all tests.
+"action": "raise" | "exit"}, or {"flip": a parameter's name, "rank": ...}: a bit of it flips once all is
+loaded. It is read at each call, so that one server serves all tests.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ def register() -> None:
 
     def before(where: str) -> Any:  # noqa: ANN401
         def fail(*_: object, **__: object) -> None:
-            from sglang.srt.runtime_context import get_parallel
-
-            parallel = get_parallel()
-            file = Path(os.environ["SGLANG_FAULTS"])
-            fault = json.loads(file.read_text()) if file.exists() else {}
-            rank = parallel.pp_rank * parallel.tp_size + parallel.tp_rank
-            if fault.get("at") == where and fault["rank"] == rank:
+            fault = fault_of_this_rank()
+            if fault.get("at") == where:
                 if fault["action"] == "exit":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError(f"injected before {where}")
 
         return fail
+
+    def flip(_: object, model: torch.nn.Module, *__: object) -> None:
+        name = fault_of_this_rank().get("flip")
+        if name is not None:
+            model.get_parameter(name).data.view(-1).view(torch.uint8)[5] ^= 16
 
     if not torch.cuda.is_available():
         # SGLang before 0.5.23 waits for CUDA before it computes checksums, also on CPU.
@@ -53,6 +54,17 @@ def register() -> None:
             HookRegistry.register(f"sglang.srt.{target}", function, HookType.REPLACE)
     HookRegistry.register(f"{LOADER}.load_weights_only", before("load"), HookType.BEFORE)
     HookRegistry.register(f"{LOADER}.postprocess_weights", before("post_process"), HookType.BEFORE)
+    HookRegistry.register(f"{LOADER}.postprocess_weights", flip, HookType.AFTER)
+
+
+def fault_of_this_rank() -> dict[str, Any]:
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    file = Path(os.environ["SGLANG_FAULTS"])
+    fault: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    rank = parallel.pp_rank * parallel.tp_size + parallel.tp_rank
+    return fault if fault.get("rank") == rank else {}
 
 
 def native_ops() -> dict[str, Any]:
