@@ -28,6 +28,11 @@ class Verification(str, Enum):
     FULL = "full"
 
 
+class OnFailure(str, Enum):
+    RAISE = "raise"
+    RESTORE = "restore"
+
+
 class Engine(str, Enum):
     """Which engine listens at the endpoint."""
 
@@ -39,6 +44,18 @@ def positive(seconds: float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise typer.BadParameter(f"{seconds} is not a finite number of seconds above 0")
     return seconds
+
+
+def only_raise(on_failure: OnFailure) -> OnFailure:
+    """This process has put nothing in place before its one update, so that it has nothing to put back."""
+    if on_failure is OnFailure.RESTORE:
+        raise typer.BadParameter(
+            "restore needs the version that the engines have now, in the host memory of the process that put "
+            "it there, and this command makes one update and ends. Use `ckpt-engine serve`, whose update "
+            "requests take on_failure, or ParameterServer.update(on_failure='restore'); or run this command "
+            "once more with the checkpoint before: a full update makes an incomplete engine whole"
+        )
+    return on_failure
 
 
 def not_negative(seconds: float) -> float:
@@ -171,6 +188,14 @@ def update(
             show_default="CKPT_ENGINE_VERIFY, else off",
         ),
     ] = None,
+    on_failure: Annotated[
+        OnFailure,
+        typer.Option(
+            callback=only_raise,
+            help="raise: engines that were touched stay incomplete until a full update succeeds. restore "
+            "is refused here, for who makes one update has nothing to put back: see `ckpt-engine serve`.",
+        ),
+    ] = OnFailure.RAISE,
     report_file: Annotated[
         Path | None, typer.Option(help="Write a report to this file, as JSON (rank 0).")
     ] = None,

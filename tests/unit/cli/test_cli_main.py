@@ -55,6 +55,12 @@ def test_bad_usage_is_status_2(cli: Callable[..., Any], args: tuple[str, ...]) -
     assert cli(*args).exit_code == 2
 
 
+def test_one_update_has_nothing_to_put_back(cli: Callable[..., Any], tmp_path: Path) -> None:
+    done = cli("update", "--checkpoint-path", tmp_path, "--on-failure", "restore")
+    assert done.exit_code == 2
+    assert "run this command once more with the checkpoint before" in done.stderr
+
+
 def test_version(cli: Callable[..., Any]) -> None:
     assert cli("--version").stdout == f"ckpt-engine {__version__}\n"
 
