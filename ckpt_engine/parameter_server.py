@@ -38,6 +38,7 @@ from ckpt_engine.errors import (
 from ckpt_engine.gathered import GatheredMetas
 from ckpt_engine.gathering import Gathering, Meetings
 from ckpt_engine.ipc.sockets import SocketDirectory
+from ckpt_engine.logs import staged
 from ckpt_engine.metadata import Metas, RankMetas, metas_from_json, metas_to_json
 from ckpt_engine.settings import Verify, load_settings
 from ckpt_engine.state import Weights
@@ -192,7 +193,10 @@ class ParameterServer:
     def _registering(self, checkpoint_name: str) -> Iterator[None]:
         """Remembers a failure: the other ranks wait for this one in gather_metas, where they get to know."""
         try:
-            yield
+            with staged(logger, "register", rank=self.rank, checkpoint=checkpoint_name) as known:
+                yield
+                held = self._registry.find(checkpoint_name)
+                known["nbytes"] = held.nbytes if held is not None else 0
         except CheckpointExistsError:
             raise
         except Exception as error:
@@ -309,7 +313,8 @@ class ParameterServer:
             without_lost=ranks is None,
             failed=self._failed.get(checkpoint_name),
         )
-        gathered = self._gathering.gather(lambda: self._metas_of(checkpoint_name, held), meetings.meet)
+        with staged(logger, "gather", rank=self.rank, checkpoint=checkpoint_name):
+            gathered = self._gathering.gather(lambda: self._metas_of(checkpoint_name, held), meetings.meet)
         self._gathered.put(checkpoint_name, gathered, meetings.lost, self._registry.names())
 
     def get_metas(self) -> Metas:

@@ -81,6 +81,11 @@ class Settings(BaseSettings):
         None, ge=1, le=65535, validation_alias=AliasChoices("control_port", "CKPT_ENGINE_CONTROL_PORT")
     )
 
+    # Ours: what the command logs
+    log_format: Literal["text", "json"] = Field(
+        "text", validation_alias=AliasChoices("log_format", "CKPT_ENGINE_LOG_FORMAT")
+    )
+
     # Ours: the slot ring
     slot_mib: float | None = Field(
         None, gt=0, validation_alias=AliasChoices("slot_mib", "CKPT_ENGINE_SLOT_MIB")

@@ -84,9 +84,8 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(command)  # typer reads the parameters through it
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         verbose = bool(kwargs.get("verbose"))
-        if verbose:
-            logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         try:
+            _log(verbose)
             command(*args, **kwargs)
         except BrokenPipeError:
             raise  # `| head` is no error to report; typer ends quietly
@@ -97,6 +96,16 @@ def reported(command: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return run
+
+
+def _log(verbose: bool) -> None:
+    """Raises ConfigError: bad settings."""
+    from ckpt_engine import logs
+    from ckpt_engine.settings import load_settings
+
+    log_format = load_settings().log_format
+    if verbose or log_format == "json":
+        logs.to_stderr(log_format, logging.INFO if verbose else logging.WARNING)
 
 
 def _describe(error: Exception) -> str:

@@ -35,6 +35,7 @@ from ckpt_engine.gathered import Senders
 from ckpt_engine.ipc.messages import Begin
 from ckpt_engine.ipc.reactor import Reactor
 from ckpt_engine.ipc.sender import WorkerChannel
+from ckpt_engine.logs import tell_stage
 from ckpt_engine.planning.plan import UpdatePlan
 from ckpt_engine.settings import Verify
 from ckpt_engine.timeline.recorder import NO_RECORDER, Recorder
@@ -191,10 +192,23 @@ class UpdateSession:
     # The stages
 
     def _enter(self, stage: str) -> None:
-        now = time.monotonic()
-        self._stages[self._stage] = now - self._started - sum(self._stages.values())
+        self._tell_stage()
         self._stage = stage
         self._recorder.stage(stage)
+
+    def _tell_stage(self, error: BaseException | None = None) -> None:
+        """That the stage at work has ended, well or with `error`."""
+        seconds = time.monotonic() - self._started - sum(self._stages.values())
+        self._stages[self._stage] = seconds
+        tell_stage(
+            logger,
+            self._stage,
+            seconds,
+            rank=self.me.rank,
+            checkpoint=self.checkpoint_name,
+            version=self.version,
+            error=error,
+        )
 
     def _begin(self, round_: Round) -> UpdatePlan:
         """Meets the other ranks, makes the plan, the ring and the links, and asks the engine."""
@@ -403,6 +417,7 @@ class UpdateSession:
 
     def _abort(self, round_: Round, error: BaseException) -> Verdict:
         """Decides against for all ranks and raises what was decided; returns a commit that came first."""
+        self._tell_stage(error)
         record = ErrorRecord.from_exception(
             error,
             rank=self.me.rank,

@@ -40,6 +40,7 @@ FIELDS: dict[str, tuple[str, str, object]] = {
     "CKPT_ENGINE_CONTROL_PORT": ("control_port", "18100", 18100),
     "CKPT_ENGINE_P2P_READERS": ("p2p_readers", "2", 2),
     "CKPT_ENGINE_LEASE_TIMEOUT": ("lease_timeout", "2.5", 2.5),
+    "CKPT_ENGINE_LOG_FORMAT": ("log_format", "json", "json"),
     "CKPT_ENGINE_SLOT_MIB": ("slot_mib", "1.5", 1.5),
     "CKPT_ENGINE_SLOT_COUNT": ("slot_count", "5", 5),
     "CKPT_ENGINE_HOST_ID": ("host_id_override", "node-7", "node-7"),
@@ -82,7 +83,8 @@ def another(value: object) -> object:
         return not value
     if isinstance(value, int):
         return value + 1
-    if value in (others := {"vllm_nccl": "vllm_gloo", "off": "on", "tcp": "rdma", "full": "transport"}):
+    others = {"vllm_nccl": "vllm_gloo", "off": "on", "tcp": "rdma", "full": "transport", "json": "text"}
+    if value in others:
         return others[str(value)]
     return value * 0.75 if isinstance(value, float) else type(value)("another")  # type: ignore[call-arg]
 
