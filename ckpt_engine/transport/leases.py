@@ -17,6 +17,7 @@ An owner's lease server (`lease_server`) is also a directory of those who hold t
 
 from __future__ import annotations
 
+import ipaddress
 import selectors
 import socket
 import threading
@@ -79,11 +80,12 @@ class _ToOwner:
     @staticmethod
     def _connect(address: str, deadline: Deadline) -> tuple[socket.socket, str]:
         who = f"the owner's lease server at {address}"
+        host, port = messages.parts_of(address)
         try:
             patience = deadline.or_after(CONNECT_SECONDS).remaining
-            sock = socket.create_connection(messages.parts_of(address), timeout=max(0.001, patience))
+            sock = socket.create_connection((host, port), timeout=max(0.001, patience))
         except OSError as error:
-            raise P2PError(f"{who} cannot be reached: {error}") from error
+            raise P2PError(f"{who} cannot be reached: {error}{_what_to_do(host)}") from error
         return sock, who
 
     def _open(
@@ -160,6 +162,17 @@ class _ToOwner:
         if not data:
             raise ConnectionError("the connection ended")
         return data
+
+
+def _what_to_do(host: str) -> str:
+    """Ranks that are all on one host find no other address of their own than the loopback's."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback:
+        return ""
+    return ". That is this host itself: an owner on another one must have PS_HOST_IP set, and gather again"
 
 
 class Lease(_ToOwner):

@@ -232,6 +232,15 @@ def test_a_killed_owner_is_noticed_by_the_next_check() -> None:
             take(address)
 
 
+@pytest.mark.parametrize(
+    ("host", "hinted"), [("127.0.0.1", True), ("[::1]", True), ("no-such-host.invalid", False)]
+)
+def test_an_owner_that_told_the_loopback_s_address_needs_another(host: str, hinted: bool) -> None:
+    with pytest.raises(P2PError, match="cannot be reached") as raised:
+        take(f"{host}:1")
+    assert ("must have PS_HOST_IP set, and gather again" in str(raised.value)) == hinted
+
+
 def test_a_stopped_owner_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """By who reads, and by who waits for others."""
     monkeypatch.setattr(leases, "LEASE_SECONDS", 2.0)

@@ -27,6 +27,7 @@ from ckpt_engine.transport import mooncake_store
 from ckpt_engine.transport.mooncake_environment import prepare_environment, wanted_transport
 from ckpt_engine.transport.mooncake_store import MooncakeStore, describe
 from ckpt_engine.transport.p2p import P2PStore, Piece, Read, make_p2p_store
+from ckpt_engine.transport.verbs import RdmaDevice
 from tests.support.fake_mooncake import FakeEngine, FakeNetwork
 
 LIMIT = 60.0
@@ -420,6 +421,43 @@ def test_what_mooncake_is_asked_for_on_npus(
         assert store.transport == "ascend_direct"
         store.close()
     assert NpuEngine.asked == [("127.0.0.1", "P2PHANDSHAKE", "ascend_direct", "")]
+
+
+@pytest.mark.parametrize(("vendor", "transport"), [(0x15B3, "rdma"), (0x1D0F, "efa")])
+@pytest.mark.parametrize("tells", ["the same", "tcp"])
+def test_what_mooncake_is_asked_for_with_rdma_devices(
+    no_mooncake_variables: None, monkeypatch: pytest.MonkeyPatch, vendor: int, transport: str, tells: str
+) -> None:
+    """All of a rank's devices; and what it then takes is what counts."""
+    found = [RdmaDevice(name=name, vendor_id=vendor, active_ports=(1,)) for name in ("a0", "a1", "a2")]
+    monkeypatch.setattr(mooncake_store, "list_devices", lambda: found)
+    put_in_mooncakes_place(monkeypatch, NpuEngine)
+    monkeypatch.setattr(NpuEngine, "asked", [])
+    monkeypatch.setattr(NpuEngine, "protocol", transport if tells == "the same" else tells)
+    if tells == "tcp":
+        with pytest.raises(P2PUnavailable, match=f"should go over {transport}, but mooncake takes tcp here"):
+            make_p2p_store(load_settings(), "127.0.0.1", "cuda", ["a0", "a2"])
+    else:
+        store = make_p2p_store(load_settings(), "127.0.0.1", "cuda", ["a0", "a2"])
+        assert store.transport == transport
+        store.close()
+    assert NpuEngine.asked == [("127.0.0.1", "P2PHANDSHAKE", transport, "a0,a2")]
+
+
+def test_a_mooncake_that_does_not_say_what_it_uses_is_warned_of(
+    no_mooncake_variables: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class MuteEngine(NpuEngine):
+        def answer(self) -> None:
+            connection, _ = self.listener.accept()
+            connection.close()
+            self.listener.close()
+
+    put_in_mooncakes_place(monkeypatch, MuteEngine)
+    store = make_p2p_store(load_settings(), "127.0.0.1", "cpu", [])
+    assert store.transport == "tcp"
+    assert "does not say what it uses" in caplog.text
+    store.close()
 
 
 @pytest.mark.parametrize(
