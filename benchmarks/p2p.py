@@ -6,9 +6,10 @@ So many owners, each a parameter server with its share, and as many receivers, e
 part of the plan as an update does: with leases, into its staging buffer, in buckets of `--piece-mib`. One
 JSON line for each number of receivers and size of bucket. `limit_gb_per_second`: the same receivers read the
 same bytes with nothing but mooncake's own calls, into the same staging memory, in pieces of the best of the
-sizes, as many at a time as is best. Both go in turn, `--rounds` times; medians. `ratio` = ours / limit. With
-`--join` a line more for each number of receivers: whole updates, in which every rank has a worker that copies
-each tensor.
+sizes, as many at a time as is best. Both go in turn, `--rounds` times; medians. `ratio` = ours / limit.
+`cpu_seconds` and `limit_cpu_seconds`: what owners and receivers together took of the processors, which are
+the limit where all hosts are one machine. With `--join` a line more for each number of receivers: whole
+updates, in which every rank has a worker that copies each tensor.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -52,22 +53,36 @@ RAW_POLL_SECONDS = 0.0005
 Span = tuple[float, float]
 """From when to when, on the clock that all processes of a host share."""
 
+
+class Cost(NamedTuple):
+    """`seconds`: from the first one's begin to the last one's end. `cpu`: seconds of processors, of all."""
+
+    seconds: float
+    cpu: float
+
+
+def median(costs: Sequence[Cost]) -> Cost:
+    """Of each."""
+    return Cost(statistics.median(one.seconds for one in costs), statistics.median(one.cpu for one in costs))
+
+
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 def own(rank: int, ranks: int, nbytes: int, port: int, pipe: Connection) -> None:
-    """An owner: tells its fleet's metas, and stays until it is told to go."""
+    """An owner: tells its fleet's metas, then its CPU seconds when asked, until it is told to go."""
     os.environ |= {"CKPT_ENGINE_HOST_ID": f"owner-{rank}", "CKPT_ENGINE_P2P": "on"}
     torch.set_num_threads(1)
     with parameter_server(rank, ranks, "cpu", port) as ps:
         ps.register_checkpoint(NAME, named_tensors=share_of(shapes_of(nbytes, 4), rank, ranks))
         ps.gather_metas(NAME)
         pipe.send(metas_to_json(ps.get_metas()))
-        pipe.recv()
+        while pipe.recv():
+            pipe.send(time.process_time())
 
 
 def receive(rank: int, ranks: int, metas: Metas, port: int, pipe: Connection) -> None:
-    """A receiver: does what it is told, and says from when to when."""
+    """A receiver: does what it is told, and says from when to when, and how many CPU seconds that took."""
     os.environ |= {"CKPT_ENGINE_HOST_ID": f"receiver-{rank}", "CKPT_ENGINE_P2P": "on"}
     torch.set_num_threads(1)
     with ExitStack() as ending:
@@ -75,7 +90,9 @@ def receive(rank: int, ranks: int, metas: Metas, port: int, pipe: Connection) ->
         pipe.send("ready")
         while (told := pipe.recv()) is not None:
             do, arguments = told
-            pipe.send(getattr(receiver, do)(*arguments))
+            before = time.process_time()
+            done = getattr(receiver, do)(*arguments)
+            pipe.send((done, time.process_time() - before))
 
 
 class Receiver:
@@ -204,12 +221,17 @@ class Team:
         except EOFError:
             sys.exit("a process of the benchmark failed; what it said is above")
 
-    def seconds(self, do: str, *arguments: Any) -> float:  # noqa: ANN401
-        """From the first one's begin to the last one's end."""
+    def ask(self, question: object) -> list[Any]:
         for pipe in self.pipes:
-            pipe.send((do, arguments))
-        spans: list[Span] = self.heard()
-        return max(end for _, end in spans) - min(begin for begin, _ in spans)
+            pipe.send(question)
+        return self.heard()
+
+    def cost(self, owners: Team, do: str, *arguments: Any) -> Cost:  # noqa: ANN401
+        before = sum(owners.ask(True))
+        answers = self.ask((do, arguments))
+        spans = [span for span, _ in answers]
+        cpu = sum(seconds for _, seconds in answers) + sum(owners.ask(True)) - before
+        return Cost(max(end for _, end in spans) - min(begin for begin, _ in spans), cpu)
 
     def close(self) -> None:
         for pipe in self.pipes:
@@ -231,22 +253,22 @@ def measure(receivers: int, arguments: argparse.Namespace) -> Iterator[dict[str,
         team = Team(receive, [(rank, receivers, metas, other_port) for rank in range(receivers)])
         ending.callback(team.close)
         team.heard()
-        for pipe in team.pipes:
-            pipe.send(("transport", ()))
-        common = {"benchmark": "p2p", "receivers": receivers, "bytes": total, "transport": team.heard()[0]}
+        ((transport, _), *_) = team.ask(("transport", ()))
+        common = {"benchmark": "p2p", "receivers": receivers, "bytes": total, "transport": transport}
         sizes = [float(size) for size in arguments.piece_mib.split(",")]
-        ours: dict[float, list[float]] = {size: [] for size in sizes}
-        raw: dict[tuple[float, int], list[float]] = {(size, depth): [] for size in sizes for depth in DEPTHS}
+        ours: dict[float, list[Cost]] = {size: [] for size in sizes}
+        raw: dict[tuple[float, int], list[Cost]] = {(size, depth): [] for size in sizes for depth in DEPTHS}
         for number in range(arguments.rounds + 1):
             for size in sizes:
-                taken = team.seconds("ours", int(size * MiB))
-                rivals = {depth: team.seconds("raw", int(size * MiB), depth) for depth in DEPTHS}
+                taken = team.cost(owners, "ours", int(size * MiB))
+                rivals = {depth: team.cost(owners, "raw", int(size * MiB), depth) for depth in DEPTHS}
                 if number:  # the first round is cold
                     ours[size].append(taken)
-                    for depth, seconds in rivals.items():
-                        raw[size, depth].append(seconds)
-        (best, depth), limits = min(raw.items(), key=lambda item: statistics.median(item[1]))
-        limit = statistics.median(limits)
+                    for depth, rival in rivals.items():
+                        raw[size, depth].append(rival)
+        limits = {shape: median(costs) for shape, costs in raw.items()}
+        best, depth = min(limits, key=lambda shape: limits[shape].seconds)
+        limit = limits[best, depth]
         for size in sizes:
             yield (
                 common
@@ -256,24 +278,26 @@ def measure(receivers: int, arguments: argparse.Namespace) -> Iterator[dict[str,
                     "limit_piece_mib": best,
                     "limit_depth": depth,
                     "raw_gb_per_second": {
-                        str(one): round(total / statistics.median(raw[size, one]) / 1e9, 3) for one in DEPTHS
+                        str(one): round(total / limits[size, one].seconds / 1e9, 3) for one in DEPTHS
                     },
                 }
             )
         if arguments.join:
-            team.seconds("join", 16.0)
-            joins = [team.seconds("join", 16.0) for _ in range(arguments.rounds)]
+            team.cost(owners, "join", 16.0)
+            joins = [team.cost(owners, "join", 16.0) for _ in range(arguments.rounds)]
             yield common | {"what": "join", "piece_mib": 16.0} | figures(total, joins, limit)
 
 
-def figures(nbytes: int, taken: list[float], limit: float) -> dict[str, Any]:
-    seconds = statistics.median(taken)
+def figures(nbytes: int, taken: Sequence[Cost], limit: Cost) -> dict[str, Any]:
+    middle = median(taken)
     return {
-        "seconds": round(seconds, 4),
-        "seconds_from_to": [round(min(taken), 4), round(max(taken), 4)],
-        "gb_per_second": round(nbytes / seconds / 1e9, 3),
-        "limit_gb_per_second": round(nbytes / limit / 1e9, 3),
-        "ratio": round(limit / seconds, 3),
+        "seconds": round(middle.seconds, 4),
+        "seconds_from_to": [round(min(taken).seconds, 4), round(max(taken).seconds, 4)],
+        "gb_per_second": round(nbytes / middle.seconds / 1e9, 3),
+        "limit_gb_per_second": round(nbytes / limit.seconds / 1e9, 3),
+        "ratio": round(limit.seconds / middle.seconds, 3),
+        "cpu_seconds": round(middle.cpu, 3),
+        "limit_cpu_seconds": round(limit.cpu, 3),
     }
 
 
