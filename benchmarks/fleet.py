@@ -63,14 +63,14 @@ def sum_of(tensors: dict[str, torch.Tensor]) -> float:
     return sum(float(tensor.view(torch.int16)[0, 0]) for tensor in tensors.values())
 
 
-def process_figures() -> dict[str, int]:
-    """What this process holds now: bytes of anonymous memory and of shared memory, descriptors, threads."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+def process_figures(pid: int | str = "self") -> dict[str, int]:
+    """What a process holds now: bytes of anonymous memory and of shared memory, descriptors, threads."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     return {
         "anonymous_bytes": int(status["RssAnon"].split()[0]) * 1024,
         "shared_bytes": int(status["RssShmem"].split()[0]) * 1024,
-        "descriptors": len(os.listdir("/proc/self/fd")),
-        "threads": len(os.listdir("/proc/self/task")),
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "threads": len(os.listdir(f"/proc/{pid}/task")),
     }
 
 

@@ -271,6 +271,9 @@ class Control:
             for round_ in self._by_call.values():
                 round_.wake()
             self._news.notify_all()
+        # Rank 0 may be alive, as when its words made no sense: it hears now that this rank is at an end.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
 
 
 def _welcomed(sock: socket.socket) -> None:

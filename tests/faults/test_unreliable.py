@@ -12,8 +12,6 @@ from reports_for_fault_tests import MISTAKE_SECONDS, STOPPED_SECONDS
 from safetensors.torch import save_file
 from world_for_fault_tests import World, Worlds, failed_alike
 
-from tests.support.steered import Answer
-
 HOUR = 3600.0
 BUCKET = 9
 
@@ -127,25 +125,5 @@ def one_outcome(world: World, ranks: dict[int, Any], workers: dict[int, Any], fa
     seed = world.new_checkpoint()
     victims = [world.fleet.ranks[rank] for rank in ranks] + [world.fleet.worker(rank) for rank in workers]
     world.start(ranks, workers)
-    answers: dict[int, Answer] = world.fleet.answers(world.alive, STOPPED_SECONDS)
-    when = victims[0].happened("fault")
-    reports = {
-        rank: world.fleet.worker(rank).answer(STOPPED_SECONDS)
-        for rank in world.alive
-        if answers[rank]["asked"]
-    }
-    last = max(one["ended"] for one in [*answers.values(), *reports.values()])
-    world.reports.add(f"{fault}: {world.name}", max(0.0, last - when), STOPPED_SECONDS)
-    # A rank whose worker could not be told of the commit says so, and that it was one.
-    errors = {answer["error"] for answer in answers.values()} - {"PublishError"}
-    if errors == {None}:
-        assert len({answer["version"] for answer in answers.values() if not answer["error"]}) == 1, answers
-        for report in reports.values():
-            # A worker that could not learn of the commit does not say that it has the version.
-            assert report["status"]["outcome"] in ("committed", "failed", "unknown"), report["status"]
-    else:
-        assert None not in errors, answers
-        failed_alike(answers)
-        for report in reports.values():
-            assert report["status"]["outcome"] != "committed", report["status"]
-    works(world, world.new_checkpoint() if errors == {None} else seed)
+    committed = world.one_outcome(fault, victims[0], STOPPED_SECONDS)
+    works(world, world.new_checkpoint() if committed else seed)

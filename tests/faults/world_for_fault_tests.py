@@ -183,6 +183,35 @@ class World:
             assert answer["error"] is not None, f"rank {rank} committed, others did not: {answers}"
         return answers
 
+    def one_outcome(self, fault: str, victim: Steered | None, limit: float) -> bool:
+        """Whether what was started is committed, which all ranks and workers say alike, or why it is not.
+
+        Args:
+            victim: the process that meets with the fault; None: there is none.
+        """
+        answers: dict[int, Answer] = self.fleet.answers(self.alive, limit)
+        asked = [rank for rank in self.alive if answers[rank]["asked"] and rank not in self._doomed]
+        reports = {rank: self.fleet.worker(rank).answer(limit) for rank in asked}
+        if victim is not None:
+            last = max(one["ended"] for one in [*answers.values(), *reports.values()])
+            seconds = max(0.0, last - victim.happened("fault"))
+            self.reports.add(f"{fault}: {self.name}", seconds, limit)
+        # A rank whose worker could not be told of the commit says so, and that it was one.
+        errors = {answer["error"] for answer in answers.values()} - {"PublishError"}
+        if errors == {None}:
+            assert len({answer["version"] for answer in answers.values() if not answer["error"]}) == 1, (
+                answers
+            )
+            for report in reports.values():
+                # A worker that could not learn of the commit does not say that it has the version.
+                assert report["status"]["outcome"] in ("committed", "failed", "unknown"), report["status"]
+            return True
+        assert None not in errors, answers
+        failed_alike({rank: each for rank, each in answers.items() if each["error"] != "KeyboardInterrupt"})
+        for report in reports.values():
+            assert report["status"]["outcome"] != "committed", report["status"]
+        return False
+
     def left(self, ranks: Sequence[int], limit: float) -> list[Answer]:
         """What their workers say, which have left their loops without a new version."""
         ended = [self.fleet.worker(rank).answer(limit + 10) for rank in ranks]

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from benchmarks.fleet import process_figures
 from tests.integration.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -169,6 +170,10 @@ class Steered:
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith(" kB")}
         return Memory(resident=kib["VmRSS"] * 1024, locked=kib["VmLck"] * 1024)
+
+    def figures(self) -> dict[str, int]:
+        """What it holds, as `benchmarks.fleet.process_figures` has it of a process itself."""
+        return process_figures(self.pid)
 
     def children(self) -> list[int]:
         tasks = Path(f"/proc/{self.pid}/task")
