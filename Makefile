@@ -20,7 +20,7 @@ TORCH ?= torch==$(TORCH_VERSION)$(if $(shell command -v nvidia-smi),,+cpu)
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help system promtool demo test test-faults test-multihost fuzz audit test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
+.PHONY: help system promtool demo test test-faults test-multihost package fuzz audit test-gpu test-ascend test-vllm test-vllm-other test-sglang test-sglang-other check lock clean
 
 help:  ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1	\2/p' $(MAKEFILE_LIST)
@@ -44,6 +44,17 @@ test-faults: $(STAMP)  ## Runs the tests that kill, stop and starve ranks and wo
 
 test-multihost: $(STAMP)  ## Runs the tests between hosts, which are network namespaces: as root, after `make system`
 	$(BIN)/python -m pytest tests/multihost $(ARGS)
+
+package: $(STAMP) $(VENV)/twine/.stamp  ## Builds the wheel, checks what is in it and its description, and runs its command
+	@rm -rf dist
+	@$(PIP) wheel --no-deps --no-build-isolation -w dist .
+	$(VENV)/twine/bin/twine check --strict dist/*.whl
+	$(BIN)/python -m tests.wheel dist/*.whl
+
+$(VENV)/twine/.stamp: $(STAMP)
+	@$(BIN)/python -m venv $(VENV)/twine
+	@$(VENV)/twine/bin/pip -qq --disable-pip-version-check install twine==7.0.0
+	@touch $@
 
 fuzz: $(STAMP)  ## Fuzzes every parser, message and HTTP route, SECONDS each (default 60)
 	FUZZ_SECONDS=$(or $(SECONDS),60) $(BIN)/python -m pytest -s -q --timeout 0 tests/fuzz tests/unit/server/test_server_fuzz.py $(ARGS)

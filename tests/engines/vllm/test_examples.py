@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def test_a_server_that_cannot_start(checkpoints: Checkpoints) -> None:
     output = server_example(checkpoints("qwen3", "b"), "--no-such-option", code=1)
     assert "--no-such-option" in output
     assert "the server has ended: what it said is above" in output
+
+
+@pytest.mark.timeout(SECONDS + 60)
+def test_a_policy_learns_what_its_engine_rolls_out() -> None:
+    """Step by step: had the engine kept its first weights, the reward would stay where it was."""
+    output = run(sys.executable, "examples/rl_loop.py", "--steps", "6")
+    rewards = [float(reward) for reward in re.findall(r"^step \d+: reward ([0-9.]+)", output, re.MULTILINE)]
+    assert len(rewards) == 6, output[-4000:]
+    assert rewards[0] < 0.2 < rewards[-1], rewards
 
 
 @pytest.mark.timeout(SECONDS + 60)
