@@ -90,7 +90,8 @@ if importlib.util.find_spec("vllm"):
         import torch
         import vllm
 
-        count = {kind: len(terminalreporter.stats.get(kind, ())) for kind in ("passed", "failed", "error")}
+        kinds = ("passed", "skipped", "failed", "error")
+        count = {kind: len(terminalreporter.stats.get(kind, ())) for kind in kinds}
         result = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
         terminalreporter.section("vLLM versions")
         terminalreporter.line("| vLLM | PyTorch | Python | result |")

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ckpt_engine.errors import UpdateError
 from tests.engines.vllm.drafters import make_eagle, make_mimo
 from tests.engines.vllm.engines import PROMPTS, Checkpoints, OfflineEngine
 from tests.engines.vllm.parameter_servers import update_by, update_from
+from tests.engines.vllm.servers import Fleet
+from tests.engines.vllm.test_two_workers import loads_and_updates_are_alike
 
 
 def test_a_drafter_gets_its_own_tensors_and_only_those(
@@ -204,3 +206,34 @@ def test_an_embedding_for_an_eagle_head_that_uses_the_models_is_refused(
     assert _all_of(offline) == before
     update_from(offline, tensors, ignored=[name])
     assert offline.answers() == offline.from_disk(model)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["mtp", "eagle"])
+def test_two_workers_have_their_shards_of_both_models(
+    offline: OfflineEngine, checkpoints: Checkpoints, tmp_path: Path, method: str
+) -> None:
+    """From the model's checkpoint, and from one of the drafter's own; fused groups lie in several buckets."""
+    if method == "mtp":
+        paths = {version: make_mimo(checkpoints("qwen2", version), tmp_path / version) for version in "ab"}
+        more = _speculating("mtp") | {"trust_remote_code": True}
+        starts = {version: {"model": path, **more} for version, path in paths.items()}
+    else:
+        paths, starts = {version: tmp_path / f"sent-{version}" for version in "ab"}, {}
+        for version, path in paths.items():
+            model = checkpoints("llama", version)
+            eagle = make_eagle(model, tmp_path / version)
+            starts[version] = {"model": model, **_speculating("eagle", model=str(eagle))}
+            path.mkdir()
+            save_file(dict(_with_eagle(model, eagle)), path / "model.safetensors")
+    fleet = Fleet(2, tmp_path / "ranks.txt", CKPT_ENGINE_SLOT_MIB=str(9000 / 2**20))
+    try:
+        expected = loads_and_updates_are_alike(offline, paths, fleet, starts=starts, held=_all_of)
+        of_model, of_drafter = zip(*(expected[version][1:] for version in "ab"), strict=True)
+        for (first, second), (other, _) in (of_model, of_drafter):
+            assert first != second
+            assert first != other
+        for status in offline.rpc("ckpt_engine_status"):
+            assert all(status["last"]["models"][name] for name in ("model", "drafter"))
+    finally:
+        fleet.close()

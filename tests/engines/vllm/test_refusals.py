@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ckpt_engine_vllm import refusals
 from ckpt_engine_vllm.quantisation import refuse_unproven
 from ckpt_engine_vllm.refusals import refuse_unsupported
 
@@ -43,6 +44,12 @@ def test_an_ordinary_engine_is_not_refused() -> None:
 def test_what_stands_in_the_way_is_named_with_a_remedy(different: dict[str, Any], remedy: str) -> None:
     with pytest.raises(ConfigError, match=remedy):
         refuse_unsupported(config(**different))
+
+
+def test_a_vllm_without_layer_wise_reload_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"vLLM \d.* cannot reload layer by layer: use a newer one"):
+        refusals.refuse_old_vllm()
 
 
 def test_an_engine_with_adapters_is_refused_and_goes_on(

@@ -131,17 +131,18 @@ def test_an_exception_in_a_worker_comes_back_and_the_next_update_works(
     assert world.server.answers() == world.expected["b"]
 
 
-def test_the_http_answer_has_the_workers_traceback(world: World) -> None:
+@pytest.mark.parametrize("phase", ["prepare", "run", "finish"])
+def test_the_http_answer_has_the_workers_traceback(world: World, phase: str) -> None:
     """Whoever asks the engine without a client of ours is told as well."""
-    world.server.rpc("test_fault", "run", 0, world.size - 1)
+    world.server.rpc("test_fault", phase, 0, world.size - 1)
     world.fleet.start_update(world.server, world.paths["b"], tells=True)
     statuses = world.server.rpc("update_weights_from_ipc", world.fleet.handles())
     world.fleet.go_on()
     assert [status["outcome"] for status in statuses] == ["failed"] * world.size
-    assert "RuntimeError: injected in run" in statuses[-1]["error"]
+    assert f"RuntimeError: injected in {phase}" in statuses[-1]["error"]
     assert "tests/engines/vllm/extension.py" in statuses[-1]["traceback"]
     for result in world.fleet.results():
-        assert "RuntimeError: injected in run" in result["error"]
+        assert f"RuntimeError: injected in {phase}" in result["error"]
     world.fleet.commit(world.server, world.paths["b"])
     assert world.server.answers() == world.expected["b"]
 

@@ -24,12 +24,14 @@ SECONDS = 20.0
 
 class Vllm:
     """`statuses`: what its workers' ckpt_engine_status is; None: it cannot be asked. `posts`: the routes that
-    were asked, in their order, /collective_rpc by its method; `bodies`: what they were sent."""
+    were asked, in their order, /collective_rpc by its method; `bodies`: what they were sent; `keys`: with
+    which keys."""
 
     def __init__(self) -> None:
         self.statuses: list[Any] | None = []
         self.posts: list[str] = []
         self.bodies: dict[str, Any] = {}
+        self.keys: list[str | None] = []
         self.paused = False
         self.on_status: Callable[[], object] = lambda: None
         self.may_answer_pause = threading.Event()
@@ -39,6 +41,7 @@ class Vllm:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                vllm.keys.append(self.headers.get("Authorization"))
                 code, answer = vllm.answer(self.path.split("?")[0], json.loads(body or b"null"))
                 text = json.dumps(answer).encode()
                 # A client that waits no longer has closed its end.
@@ -213,3 +216,14 @@ def test_a_native_update_gives_the_server_its_version(vllm: Vllm) -> None:
     VllmServer(endpoint=vllm.url, native=True).receive(PATHS, SECONDS)
     assert vllm.bodies["/finish_weight_update"] == {"weight_version": "v1"}
     assert vllm.posts[-1] == "/reset_prefix_cache"
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_the_key_goes_with_each_request(vllm: Vllm, native: bool, key: str | None) -> None:
+    vllm.statuses = [COMMITTED | status("serving", last=COMMITTED)]
+    server = VllmServer(endpoint=vllm.url, native=native, api_key=key, pause=PauseMode.KEEP)
+    with server.paused(SECONDS):
+        server.receive(PATHS, SECONDS)
+    assert len(vllm.posts) >= 4
+    assert vllm.keys == [None if key is None else f"Bearer {key}"] * len(vllm.posts)
