@@ -12,9 +12,21 @@ import pytest
 
 from tests.integration.conftest import free_port
 from tests.support.checkpoints import digests_of
-from tests.support.joins import Launch, everybody, launcher, load, metas_of, owners_with, register, verifies
+from tests.support.joins import (
+    HELD_UP,
+    Launch,
+    everybody,
+    go_on,
+    launcher,
+    load,
+    metas_of,
+    owners_with,
+    register,
+    verifies,
+)
 from tests.support.mooncake import need_mooncake
 from tests.support.steered import Fleet, Steered
+from tests.support.stopped import wait_until_stopped
 
 need_mooncake()
 
@@ -90,6 +102,44 @@ def test_some_ranks_are_updated_while_the_others_do_not_call(launch: Launch) -> 
     ask(fleet, "unregister", everybody(fleet), name="a")
     register(fleet, SEED + 1)
     update(fleet, [2, 0], SEED + 1)
+
+
+def test_other_ranks_are_updated_while_an_update_is_at_work(launch: Launch) -> None:
+    """One rank's worker stands still in a bucket: it is read from meanwhile, and what it reads stays."""
+    fleet = launch(3, 1)
+    register(fleet, SEED)
+    for rank in everybody(fleet):
+        fleet.worker(rank).news.clear()
+    fleet.tell("update", [1], name="a", ranks=[1], worker_fault=HELD_UP)
+    fleet.worker(1).happened("fault")
+    wait_until_stopped(fleet.worker(1).pid)
+    update(fleet, [2, 0], SEED)
+    update(fleet, [0], SEED)
+    go_on(fleet, 1)
+    answers = fleet.answers([1])
+    assert (answers[1]["message"], answers[1]["p2p_nbytes"]) == ("", nbytes(fleet) * 2 // 3)
+    assert fleet.worker(1).answer()["digests"] == digests_of("layers", SEED)
+
+
+def test_without_mooncake_owners_take_part_and_joins_say_what_is_missing(
+    launch: Launch, tmp_path: Path
+) -> None:
+    (tmp_path / "mooncake").mkdir()
+    (tmp_path / "mooncake/__init__.py").write_text("raise ImportError('no mooncake in this test')")
+    without = {"CKPT_ENGINE_P2P": "auto", "PYTHONPATH": str(tmp_path)}
+    fleet, metas = owners_with(launch, 2, seed=SEED, **without)
+    needs = "P2P needs mooncake-transfer-engine and libibverbs (no mooncake in this test): pip install"
+    assert f"nothing of this rank can be read by P2P: {needs}" in fleet.ranks[0].log()
+    answers = update(fleet, [1], SEED, on=[0, 1])
+    assert [answer["p2p_nbytes"] for answer in answers.values()] == [0, 0]
+    joiners = launch(1)
+    refused = joiners.ask("load_metas", [0], texts=[metas])[0]
+    assert "which holds them, published no address: install ckpt-engine[p2p] there" in refused["message"]
+    _, metas = owners_with(launch, 1, seed=SEED)
+    load(fleet, metas)
+    for answer in fleet.ask("update", [0, 1], name="a", ranks=[0, 1]).values():
+        assert needs in answer["message"], answer
+        assert answer["touched"] is False
 
 
 def test_whoever_owns_all_it_needs_reads_nothing(launch: Launch) -> None:

@@ -234,6 +234,8 @@ def test_wrong_metas_touch_nothing(launch: Launch, network: Network) -> None:
 
     elsewhere = f"{network.address(0)}:1"
     refused_with("cannot be reached", lambda held: held.update(lease_address=elsewhere))
+    # What an owner tells whose ranks are all on one host, and that was not told its address
+    refused_with("must have PS_HOST_IP set", lambda held: held.update(lease_address="127.0.0.1:1"))
     refused_with("was registered anew", lambda held: held.update(epoch="e"))
     other_way = "lies there in another way than its metas tell"
     refused_with(
