@@ -41,7 +41,7 @@ class _Holder:
         self._model = model
         self._parts: dict[str, list[_Part]] = {}
         self._now: dict[str, torch.Tensor] | None = None
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         for name, written in recording.parameters.items():
             if written.copied and _keeps_them(modules[name.rpartition(".")[0]]) and _is_plain(written):
                 for target, (tensor, source) in written.copied.items():

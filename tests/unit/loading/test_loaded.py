@@ -47,6 +47,7 @@ class Model(torch.nn.Module):
         self.second = parameter(5, 8)
         self.turned = parameter(8, 6)  # a transposed tensor
         self.packed = Packed()
+        self.other_name = self.packed  # of the same module
 
     def load_weights(self, weights: NamedTensors) -> None:
         for name, tensor in weights:
