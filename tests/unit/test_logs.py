@@ -13,16 +13,13 @@ from typer.testing import CliRunner
 from ckpt_engine import ParameterServer, logs
 from ckpt_engine.cli.main import app
 from ckpt_engine.errors import ConfigError
+from tests.support import loggers
 
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in logs.PACKAGES]
-    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    with loggers.put_back():
+        yield
 
 
 def test_a_stage_as_text(capsys: pytest.CaptureFixture[str]) -> None:

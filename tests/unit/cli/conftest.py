@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
 from ckpt_engine.cli.main import app
+from tests.support import loggers
 
 Cli = Callable[..., Result]
 
@@ -26,8 +27,9 @@ def lone_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def cli() -> Cli:
-    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
+def cli() -> Iterator[Cli]:
+    with loggers.put_back():
+        yield lambda *args: CliRunner().invoke(app, [str(arg) for arg in args])
 
 
 @pytest.fixture
