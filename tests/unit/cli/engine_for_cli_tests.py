@@ -32,7 +32,8 @@ class Engine:
 
             def do_POST(self) -> None:
                 request = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
-                engine.requests.append(request | {"path": self.path})
+                key = self.headers.get("Authorization")
+                engine.requests.append(request | {"path": self.path, "authorization": key})
                 if "zmq_handles" in request:  # SGLang's way
                     found = engine.receive_all([list(pair) for pair in request["zmq_handles"].items()])
                     self.answer({"success": all(one["outcome"] == "committed" for one in found)})

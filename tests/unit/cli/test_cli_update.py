@@ -86,6 +86,22 @@ def test_what_vllm_may_be_sent_less_or_more_than(cli: Cli, checkpoint: Path, eng
     assert {"partial", "ignored"}.isdisjoint(engine.requests[0].get("kwargs", {}))
 
 
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_vllms_key_goes_with_each_request(
+    cli: Cli, checkpoint: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    args = ["update", "--checkpoint-path", checkpoint, "--endpoint", engine.url, "--engine", "vllm"]
+    if by == "option":
+        args += ["--api-key", "secret"]
+    else:
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+    done = cli(*args, "--pause", "keep")
+    assert done.exit_code == 0, done.output
+    asked = {request["path"].split("?")[0]: request["authorization"] for request in engine.requests}
+    paths = ("/pause", "/collective_rpc", "/reset_prefix_cache", "/resume")
+    assert asked == dict.fromkeys(paths, "Bearer secret")
+
+
 def test_a_worker_s_failure(cli: Cli, checkpoint: Path, engine: Engine, tmp_path: Path) -> None:
     engine.fail = True
     args = ("update", "--checkpoint-path", checkpoint, "--endpoint", engine.url)
