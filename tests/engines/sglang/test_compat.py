@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import typer
+from ckpt_engine_sglang.sglang_update import app
 
 from tests.engines.sglang.parameter_servers import RANK_SECONDS, update_from
 from tests.engines.sglang.servers import Checkpoints, Server, with_stubs
 
 pytestmark = pytest.mark.timeout(600)
+
+
+def test_ours_has_each_of_its_options() -> None:
+    """And no other word for any of them."""
+    (package,) = importlib.util.find_spec("sglang").submodule_search_locations  # type: ignore[union-attr, misc]
+    source = (Path(package) / "srt/checkpoint_engine/update.py").read_text()
+    its = set(re.findall(r'"(--[a-z][a-z-]+)"', source))
+    assert {"--checkpoint-path", "--update-method", "--uds"} <= its
+    ours = {option for each in typer.main.get_command(app).params for option in each.opts}
+    assert its - ours == set()
 
 
 def own_updater(*arguments: str) -> subprocess.CompletedProcess[str]:

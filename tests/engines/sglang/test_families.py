@@ -30,6 +30,7 @@ def family(
 
 def test_a_server_that_serves_its_dummy_weights(family: tuple[str, Server], checkpoints: Checkpoints) -> None:
     name, server = family
+    assert server.client.info().waits_for_weights, "the plugin makes SGLang's flag of the other one"
     arguments = ("--checkpoint-path", checkpoints(name, 1), "--endpoint", server.url)
     done = command_line(*arguments)
     assert done.returncode == 0, f"{done.stderr}\n{server.tail()}"

@@ -236,11 +236,17 @@ def test_requests_that_are_running(server: Server, disk_server: Server, checkpoi
         try:
             with pytest.raises(UpdateError, match="requests are running or queued"):
                 update_from(server, checkpoints("llama", 2), weight_version="bad")
+            assert server.weights() == disk_server.weights()
+            assert server.client.weight_version() == "good"
+            # Where what was computed with the old weights may stay, they need not stop.
+            update_from(server, checkpoints("llama", 2), weight_version="under them", flush_cache=False)
+            assert server.weights() != disk_server.weights()
         finally:
             assert server.post("/continue_generation").status_code == 200
         assert list(lines)[-2].startswith("data:")
+    assert server.generate()[1] == "under them"
+    update_from(server, checkpoints("llama", 1), weight_version="flushed")
     assert server.state() == disk_server.state()
-    assert server.generate()[1] == "good"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from safetensors.torch import save_file
 
-from tests.engines.sglang.parameter_servers import command_line, update_from
+from tests.engines.sglang.parameter_servers import command_line, launch_on_hosts, tensors_of, update_from
 from tests.engines.sglang.servers import Checkpoints, Server, end_group
 from tests.integration.conftest import free_port
 
@@ -19,18 +20,38 @@ pytestmark = pytest.mark.timeout(600)
 SAVE_SECONDS = 120.0
 
 
+@pytest.fixture(scope="module")
+def in_two_files(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second checkpoint, so that each of two ranks holds a part of it."""
+    directory = tmp_path_factory.mktemp("in-two-files")
+    tensors = sorted(tensors_of(checkpoints("llama", 2)).items())
+    half = len(tensors) // 2
+    for number, part in enumerate((tensors[:half], tensors[half:])):
+        save_file(dict(part), directory / f"model-{number}.safetensors")
+    return directory
+
+
 @pytest.mark.parametrize("method", ["p2p", "all"])
 def test_the_methods_of_sglang_s_own_updater(
-    server: Server, disk_server: Server, checkpoints: Checkpoints, method: str
+    server: Server, disk_server: Server, checkpoints: Checkpoints, in_two_files: Path, method: str
 ) -> None:
-    update_from(server, checkpoints("llama", 2))
-    done = command_line(
-        *("--checkpoint-path", checkpoints("llama", 1), "--endpoint", server.url, "--update-method", method),
-        *("--weight-version", method),
-    )
-    assert done.returncode == 0, f"{done.stderr}\n{server.tail()}"
-    assert server.state() == disk_server.state()
-    assert server.generate()[1] == method
+    """Of two servers: the first one reads what the other one's rank holds."""
+    pytest.importorskip("mooncake.engine", reason="mooncake is not installed, or libibverbs is missing")
+    update_from(server, checkpoints("llama", 1))
+    first = server.weights()
+    options = ("--update-method", method, "--weight-version", method)
+    try:
+        done = launch_on_hosts([server, disk_server], in_two_files, *options)
+        assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+        assert "read by P2P (tcp)" in done[0].stdout
+        assert server.generate()[1] == method
+        assert (disk_server.client.weight_version() == method) is (method == "all")
+        assert (disk_server.weights() == first) is (method == "p2p")
+        received = server.state()
+        disk_server.load_from_disk(checkpoints("llama", 2))
+        assert received == disk_server.state()
+    finally:
+        disk_server.load_from_disk(checkpoints("llama", 1))
 
 
 def test_a_server_joins(

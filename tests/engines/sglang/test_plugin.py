@@ -81,7 +81,8 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Model, Any]]:
     model = Model()
     made = handler(SimpleNamespace(model=model))
     yield model, made
-    made._zmq_ctx.term()
+    if made._zmq_ctx is not None:  # it has been asked to update
+        made._zmq_ctx.term()
     for name in (plugin.STOCK_PACKAGE, f"{plugin.STOCK_PACKAGE}.worker", module):
         sys.modules.pop(name, None)
 
@@ -110,6 +111,17 @@ def test_sglang_s_own_handler_updates(stock: tuple[Model, Any], monkeypatch: pyt
     update(handler, tensors, monkeypatch)
     assert torch.equal(model.norm, tensors["norm"])
     assert torch.equal(model.head, tensors["head"])
+
+
+@pytest.mark.usefixtures("stock")
+def test_its_other_module_is_there_too() -> None:
+    """On NPUs SGLang asks it for the device's key."""
+    name = f"{plugin.STOCK_PACKAGE}.device_utils"
+    try:
+        found = importlib.import_module(name).npu_generate_uuid
+    finally:
+        sys.modules.pop(name, None)
+    assert found.__module__ in (name, "ckpt_engine_ascend.identity")
 
 
 @pytest.mark.parametrize(

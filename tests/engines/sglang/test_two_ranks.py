@@ -98,6 +98,7 @@ def test_one_rank_without_a_handle(
     fault = {"kind": "without", "device": "CPU-here-1"}
     for answer in outcomes(server, checkpoints("qwen3", 2), faults=[fault]):
         assert "no handle for device CPU-here-1" in answer["error"], answer
+    assert server.state() == expected[0], "no rank was touched"
     good_again(server, checkpoints, expected)
 
 
