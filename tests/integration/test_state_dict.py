@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.conftest import torchrun
+from tests.integration.conftest import ROOT, free_port, torchrun
 from tests.support.state_dicts import BUCKET_NBYTES
 
 SIZE = 4
@@ -131,3 +134,42 @@ def test_what_cannot_be_taken_is_said_on_every_rank(ranks: list[dict[str, Any]],
 @pytest.mark.parametrize("scenario", [*GOOD, *REFUSED])
 def test_the_trainers_own_group_is_as_it_was(ranks: list[dict[str, Any]], scenario: str) -> None:
     assert [rank[scenario]["default_group"] for rank in ranks] == [sum(range(1, SIZE + 1))] * SIZE
+
+
+def test_a_rank_that_dies_meanwhile_is_named_at_once(tmp_path: Path) -> None:
+    """Not at the deadline, of a minute; no other rank has anything registered."""
+    with tempfile.TemporaryDirectory(prefix="ce-", dir="/tmp") as sockets:
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "3",
+            "LOCAL_WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "CKPT_ENGINE_SOCKET_DIR": sockets,
+        }
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.support.state_dicts", str(tmp_path), "lose"],
+                cwd=ROOT,
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(3)
+        ]
+        try:
+            outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0, 9], outputs
+    for number in range(2):
+        said = json.loads((tmp_path / f"rank-{number}.json").read_text())
+        assert said["error"] == "PeerLost", said
+        assert "rank 2" in said["message"]
+        assert said["names"] == []
+        assert said["seconds"] < 40

@@ -7,7 +7,9 @@ owns now, and of the whole tensors, which DTensor itself makes.
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,26 @@ def refusals(trainer: Trainer) -> None:
     trainer.ps.unregister_checkpoint("step")
 
 
+def lose_the_last(trainer: Trainer) -> None:
+    """The last rank dies when its first bucket has come; the others write down what they see."""
+    trained = model()
+    fully_shard(trained)
+
+    def dying(done: int, total: int) -> None:
+        if trainer.ps.rank == trainer.ps.world_size - 1:
+            os._exit(9)
+
+    begun = time.monotonic()
+    try:
+        options: dict[str, Any] = {"bucket_nbytes": BUCKET_NBYTES, "timeout": TIMEOUT, "on_progress": dying}
+        trainer.ps.register_state_dict("step", trained.state_dict(), **options)
+        said = {"error": None}
+    except UpdateError as error:
+        said = {"error": type(error).__name__, "message": str(error)}
+    said |= {"seconds": time.monotonic() - begun, "names": trainer.ps.checkpoint_names}
+    (trainer.out / f"rank-{trainer.ps.rank}.json").write_text(json.dumps(said))
+
+
 def good_mesh(state: Mapping[str, torch.Tensor]) -> DeviceMesh:
     return next(tensor.device_mesh for tensor in state.values() if isinstance(tensor, DTensor))
 
@@ -243,6 +265,11 @@ def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    if sys.argv[2:] == ["lose"]:
+        with ParameterServer(device="cpu") as ps:
+            lose_the_last(Trainer(ps, out))
+        # The trainer's own group is missing a rank: it is not waited for.
+        os._exit(0)
     mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("dp", "tp"))
     with ParameterServer(device="cpu") as ps:
         trainer = Trainer(ps, out)
