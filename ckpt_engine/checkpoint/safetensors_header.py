@@ -108,11 +108,19 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
             )
         text = read_exactly(file, header_nbytes, path)
     fields = parse_json_object(text, f"{path}: header")
-    fields.pop("__metadata__", None)
+    _check_metadata(path, fields.pop("__metadata__", None))
     tensors = [_entry(path, name, value, data_begin, file_nbytes) for name, value in fields.items()]
     tensors.sort(key=lambda entry: (entry.begin, entry.end))
     _check_coverage(path, tensors, data_begin, file_nbytes)
     return SafetensorsHeader(path, file_nbytes, tuple(tensors))
+
+
+def _check_metadata(path: Path, metadata: object) -> None:
+    """As the format has it; what it says is not looked at."""
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointFormatError(f"{path}: header: __metadata__ is not an object of strings")
 
 
 def read_header_unless_empty(path: str | os.PathLike[str]) -> SafetensorsHeader | None:

@@ -70,6 +70,8 @@ LIES: dict[str, tuple[Any, bytes, str]] = {
     "huge integer": (b'{"w": ' + b"9" * 5000 + b"}", b"", "not valid JSON"),
     "list": ([], b"", "JSON list where an object"),
     "number": (3, b"", "JSON int where an object"),
+    "metadata is false": ({"__metadata__": False}, b"", "__metadata__ is not an object of strings"),
+    "metadata has a number": ({"__metadata__": {"step": 3}}, b"", "__metadata__ is not an object of strings"),
     "name twice": (b'{"w": {}, "w": {}}', b"", "key 'w' is there twice"),
     "field twice": (b'{"w": {"dtype": "U8", "dtype": "U8"}}', b"", "key 'dtype' is there twice"),
     "surrogate": (b'{"\\ud800": {}}', b"", "lone surrogate"),
