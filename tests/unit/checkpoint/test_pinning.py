@@ -170,7 +170,7 @@ def test_reads_run_beside_the_pin_and_device_copies_after_it() -> None:
 
         tasks: list[Callable[[], None]] = [copy]
         with Slow() as pinner:
-            loader._fill(arena, [], tasks, 2, pinner, from_device=pin_first)
+            loader._fill(arena, [], tasks, 2, pinner, ahead=pin_first)
             assert order == (["pin", "copy"] if pin_first else ["copy", "pin"])
             arena.close()
 
@@ -184,8 +184,8 @@ def test_device_tensors_ask_for_the_pin_first(monkeypatch: pytest.MonkeyPatch) -
         def device(self) -> torch.device:  # type: ignore[override]
             return torch.device("cuda:0")
 
-    def fill(*_: object, from_device: bool) -> None:
-        asked.append(from_device)
+    def fill(*_: object, ahead: bool) -> None:
+        asked.append(ahead)
 
     monkeypatch.setattr(loader, "_fill", fill)
     monkeypatch.setattr(loader, "wait_for_producers", lambda _: None)
