@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 
 from ckpt_engine.settings import Settings
 
@@ -46,3 +46,31 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def plugin_finding(
+    engine: str,
+    group: str,
+    variable: str,
+    environment: Mapping[str, str],
+    *,
+    brings: str = "",
+    instead: str = "",
+) -> Finding:
+    """Whether an engine loads our plugin.
+
+    Args:
+        group: the engine's, of entry points.
+        variable: with which its users choose among plugins.
+        brings: what the plugin gives the engine; `instead`: what does without it.
+    """
+    subject, wanted = f"{engine.lower()} plugin", environment.get(variable)
+    if not any(point.name == "ckpt_engine" for point in entry_points(group=group)):
+        remedy = f"install ckpt-engine in {engine}'s own environment (pip install, not PYTHONPATH)"
+        return Finding(subject, Level.WARNING, f"{engine} does not find ckpt-engine's plugin", remedy)
+    if wanted is not None and "ckpt_engine" not in wanted.split(","):
+        lost = f", its {brings}" if brings else ""
+        message = f"{variable}={wanted} keeps {engine} from loading ckpt_engine{lost}"
+        remedy = f"add ckpt_engine to {variable}" + (f", or {instead}" if instead else "")
+        return Finding(subject, Level.WARNING, message, remedy)
+    return Finding(subject, Level.OK, f"found: {brings} ckpt_engine" if brings else "found")

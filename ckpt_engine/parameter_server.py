@@ -185,9 +185,12 @@ class ParameterServer:
                 named_tensors=named_tensors,
                 use_shared_memory_pool=use_shared_memory_pool,
                 use_inplace_pin_memory=use_inplace_pin_memory or self.settings.inplace_pin,
-                digests=self.settings.verify != "off" if digests is None else digests,
+                digests=self._makes_digests(digests),
                 on_progress=on_progress,
             )
+
+    def _makes_digests(self, asked: bool | None) -> bool:
+        return self.settings.verify != "off" if asked is None else asked
 
     @contextmanager
     def _registering(self, checkpoint_name: str) -> Iterator[None]:
@@ -251,7 +254,7 @@ class ParameterServer:
                 checkpoint_name,
                 incoming=incoming(lambda: read_state_dict(state_dict, rename, dtype)),
                 use_shared_memory_pool=use_shared_memory_pool,
-                digests=self.settings.verify != "off" if digests is None else digests,
+                digests=self._makes_digests(digests),
                 on_progress=on_progress,
             )
 

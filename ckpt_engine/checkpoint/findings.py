@@ -7,10 +7,9 @@ from pathlib import Path
 
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.host_memory import available_host_memory
-from ckpt_engine.settings import Settings
+from ckpt_engine.settings import GiB, Settings
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-GiB = 1024**3
 
 
 def find(settings: Settings, environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.ipc.sockets import MAX_PATH_NBYTES, default_directory
-from ckpt_engine.settings import Settings
+from ckpt_engine.settings import GiB, Settings
 
 NAMES_BELOW = "/01234567/w-0123456789abcdef.life"
 """The longest path in the directory, in its usual form."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel has it
-GiB = 1024**3
 NAMESPACES = ("ipc", "net", "pid")
 
 

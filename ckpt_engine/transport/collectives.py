@@ -105,9 +105,7 @@ class GlooCollectives:
         Raises: as `broadcast`.
         """
         assert self._group is not None
-        options = dist.AllToAllOptions()
-        options.timeout = _beyond(deadline)
-        work = self._group.alltoall_base(arriving, leaving, to_get, to_send, options)  # type: ignore[attr-defined]
+        work = _exchange(self._group, arriving, leaving, to_get, to_send, deadline)
         _wait(work, "an exchange", "an exchange did not end", deadline, poll)
 
     def close(self) -> None:
@@ -163,11 +161,9 @@ class DeviceGroup:
     ) -> None:
         """As of `GlooCollectives`."""
         assert self._group is not None
-        options = dist.AllToAllOptions()
-        options.timeout = _beyond(deadline)
         module = torch.get_device_module(arriving.device)
         try:
-            self._group.alltoall_base(arriving, leaving, to_get, to_send, options).wait()
+            _exchange(self._group, arriving, leaving, to_get, to_send, deadline).wait()
             end = module.current_stream(arriving.device).record_event()
             while not end.query():
                 poll()
@@ -294,6 +290,20 @@ def own_part(store: Store, prefix: str) -> Store:
     """The group's part of the store through a connection of its own: a client serves one call at a time, and
     a group that is never completed waits in one."""
     return PrefixStore(prefix, store.clone())  # type: ignore[attr-defined]
+
+
+def _exchange(
+    group: Any,  # noqa: ANN401 - torch's
+    arriving: torch.Tensor,
+    leaving: torch.Tensor,
+    to_get: list[int],
+    to_send: list[int],
+    deadline: Deadline,
+) -> Any:  # noqa: ANN401 - torch's work
+    """Begins it."""
+    options = dist.AllToAllOptions()
+    options.timeout = _beyond(deadline)
+    return group.alltoall_base(arriving, leaving, to_get, to_send, options)
 
 
 def _wait(

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 
 from ckpt_engine.findings import Finding, Level, installed_version
-from ckpt_engine.settings import Settings
+from ckpt_engine.settings import GiB, Settings
 from ckpt_engine.transport.bootstrap import host_ip
 from ckpt_engine.transport.verbs import list_devices
 
-GiB = 1024**3
 WHEELS = (
     "mooncake-transfer-engine",
     "mooncake-transfer-engine-cuda13",

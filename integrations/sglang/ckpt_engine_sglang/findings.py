@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
 
-from ckpt_engine.findings import Finding, Level, installed_version
+from ckpt_engine.findings import Finding, Level, installed_version, plugin_finding
 from ckpt_engine.settings import Settings
 
 OLDEST, NEWEST = (0, 5, 15), (0, 5, 23)
@@ -41,11 +40,4 @@ def supported(installed: str) -> Finding:
 
 def plugin(environment: Mapping[str, str]) -> Finding:
     """Our entry point, without which SGLang's own handler takes updates."""
-    wanted = environment.get(PLUGINS)
-    if not any(point.name == "ckpt_engine" for point in entry_points(group="sglang.srt.plugins")):
-        remedy = "install ckpt-engine in SGLang's own environment (pip install, not PYTHONPATH)"
-        return Finding("sglang plugin", Level.WARNING, "SGLang does not find ckpt-engine's plugin", remedy)
-    if wanted is not None and "ckpt_engine" not in wanted.split(","):
-        message = f"{PLUGINS}={wanted} keeps SGLang from loading ckpt_engine"
-        return Finding("sglang plugin", Level.WARNING, message, f"add ckpt_engine to {PLUGINS}")
-    return Finding("sglang plugin", Level.OK, "found")
+    return plugin_finding("SGLang", "sglang.srt.plugins", PLUGINS, environment)

